@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Hypervisors: what runs VMs on this host, each behind the same small protocol."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmchannel_host.model import Instance, InstanceEnded, InstanceReset, Look, ProcessIdentity, VmUuid
+
+
+class HypervisorError(Exception):
+    """An action could not be carried out, or its effect could not be proven. Unknown is failure (S1)."""
+
+
+class NotProven(HypervisorError):
+    """The deadline passed without proof."""
+
+
+class CannotStart(HypervisorError):
+    """No way is known, or left, to start the VM here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An instance appeared or changed (run state, ports, migration)."""
+
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An instance's process has ended, and we watched it end."""
+
+    evidence: InstanceEnded
+
+
+HypervisorEvent = Seen | Ended
+
+
+class Hypervisor(Protocol):
+    """Runs VMs on this host. No method waits longer than the deadline it is given."""
+
+    async def run(self) -> None:
+        """Follow the VMs until cancelled."""
+
+    def events(self) -> AsyncIterator[HypervisorEvent]:
+        """All changes, in order, from the moment of the call. One consumer."""
+
+    async def look(self, *, timeout_s: float) -> Look:
+        """Scan afresh: processes first, then monitors. Never answered from memory."""
+
+    async def off(self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float) -> InstanceEnded:
+        """End one instance: QMP quit, then SIGKILL through the pidfd of the verified process.
+
+        A monitor that is mute does not stop it. Idempotent: an instance that has ended is reported as such.
+
+        Raises:
+            NotProven: `timeout_s` passed and the process was not seen to end. It may be alive.
+            HypervisorError: the process at that pid is not the one named: nothing was done.
+        """
+
+    async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
+        """`system_reset` the one running instance and prove it by its RESET event (S8).
+
+        Raises:
+            HypervisorError: not running, migrating, not resettable, no event: nothing is proven. The
+                caller goes on with `off` and `start`.
+        """
+
+    def can_start(self, vm: VmUuid, name: str) -> bool:
+        """Whether `start` has a way to start that VM here."""
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        """Run the VM's start command outside the daemon's unit. Its exit proves nothing: look for the instance.
+
+        Raises:
+            CannotStart: there is no start command, or it failed; the message carries its last line.
+        """
