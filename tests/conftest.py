@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every test gets: a failing background task or a leaked task fails the test that caused it.
+
+Without this both pass silently: asyncio reports them to the loop's exception handler, which only logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+
+@pytest_asyncio.fixture
+async def strict_loop() -> AsyncIterator[None]:
+    """Fail the test when its loop reports an error, or when it leaves tasks behind."""
+    loop = asyncio.get_running_loop()
+    reported: list[str] = []
+
+    def remember(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        reported.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    before = asyncio.all_tasks()
+    loop.set_exception_handler(remember)
+    yield
+    current = asyncio.current_task()
+    leaked = [task for task in asyncio.all_tasks() if task not in before and task is not current]
+    for task in leaked:
+        task.cancel()
+    if leaked:
+        await asyncio.wait(leaked, timeout=5)
+    gc.collect()  # an error that nobody fetched is reported when its task or future is collected
+    await asyncio.sleep(0)
+    assert not reported, f"background failures: {reported}"
+    assert not leaked, f"tasks left behind: {[task.get_name() for task in leaked]}"
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_tasks(request: pytest.FixtureRequest) -> None:  # pyright: ignore[reportUnusedFunction]
+    """Use `strict_loop` for every test that is a coroutine; others need no loop."""
+    function = getattr(request, "function", None)
+    if function is not None and inspect.iscoroutinefunction(function):
+        request.getfixturevalue("strict_loop")
