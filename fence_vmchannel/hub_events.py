@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a hub tells those who watch it; the same classes in its own process and on the wire of ".hub".
+
+A watch begins with a snapshot (what is there, as if it had just come), then `Synced`, then changes. A watcher
+that is too slow gets `Overflow`; a new snapshot follows, so what it knew before is void.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fence_vmchannel.tlv import tagged
+
+
+@dataclass(frozen=True, slots=True)
+class PortAdded:
+    """This machine has a virtio-serial port of that name."""
+
+    port: str = tagged(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PortRemoved:
+    """The port has gone (unplugged, or its driver unloaded)."""
+
+    port: str = tagged(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PortUnusable:
+    """The port is there, but cannot be opened: another program holds it, or permission is missing."""
+
+    port: str = tagged(1)
+    reason: str = tagged(2)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """The hub at the other end of a port has greeted: channels work."""
+
+    peer: str = tagged(1)  # "host", or the VM's name
+    port: str = tagged(2)
+    session: str = tagged(3)  # hexadecimal id of the session
+    resumed: bool = tagged(4)  # the session is older than this link, and nothing was lost
+    software: str = tagged(5)  # the peer's own words: untrusted text
+    key: str = tagged(6, default="")  # what tells peers of one name apart: the VM's UUID
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected:
+    """The link to the peer has ended. The session stays and may be resumed."""
+
+    peer: str = tagged(1)
+    port: str = tagged(2)
+    reason: str = tagged(3)
+    key: str = tagged(4, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionWasReset:
+    """The session with a peer began anew: what its applications had not confirmed may be lost."""
+
+    peer: str = tagged(1)
+    port: str = tagged(2)
+    reason: str = tagged(3)
+    key: str = tagged(4, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOffered:
+    """A local application, or the hub's own process, offers a service to the peers."""
+
+    service: str = tagged(1)
+    owner: str = tagged(2)  # "hub", or the application's user and process
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceWithdrawn:
+    """The service is offered no more."""
+
+    service: str = tagged(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The snapshot is complete; changes follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """The watcher was too slow and missed events; forget what you know, a new snapshot follows."""
+
+    missed: int = tagged(1)
+
+
+HubEvent = (
+    PortAdded
+    | PortRemoved
+    | PortUnusable
+    | PeerConnected
+    | PeerDisconnected
+    | SessionWasReset
+    | ServiceOffered
+    | ServiceWithdrawn
+    | Synced
+    | Overflow
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """One peer of a hub, now."""
+
+    peer: str = tagged(1)
+    port: str = tagged(2)
+    kind: str = tagged(3)  # "host", "vm" or "local"
+    connected: bool = tagged(4)
+    session: str = tagged(5)
+    software: str = tagged(6)  # untrusted text
+    channels: int = tagged(7)
+    received_bytes: int = tagged(8)
+    sent_bytes: int = tagged(9)
+    detail: str = tagged(10, default="")  # why it is not connected, as far as known
+    key: str = tagged(11, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class PortStatus:
+    """One virtio-serial port that the hub has seen on its own machine."""
+
+    port: str = tagged(1)
+    present: bool = tagged(2)
+    detail: str = tagged(3, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatus:
+    """A hub, now."""
+
+    software: str
+    boot_id: str
+    peers: tuple[PeerStatus, ...] = ()
+    ports: tuple[PortStatus, ...] = ()
+    services: tuple[ServiceOffered, ...] = ()

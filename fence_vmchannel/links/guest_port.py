@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A link over a virtio-serial port, from the guest's side.
+
+What virtio_console does, measured on Linux 6.1: one open at a time (EBUSY); while the host is away poll says
+IN|HUP, read gives 0 bytes and write EAGAIN, and the descriptor stays good; HUP without IN means unplugged
+(ENODEV for ever). One write takes at most 32,768 bytes. A quick absence of the host is not visible at all:
+the greeting of the session finds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from typing import Final, Protocol
+
+from fence_vmchannel.errors import LinkError, PortBusy, PortNotFound
+from fence_vmchannel.links.base import READ_SIZE, EdgePoll
+
+WRITE_SIZE: Final = 32_768
+"""What one write of a port takes at most (virtio_console.c, port_fops_write)."""
+
+
+class PortDevice(Protocol):
+    """The system calls on an open port; tests give a device that goes away on demand."""
+
+    def fileno(self) -> int:
+        """See `Link.fileno`."""
+        ...
+
+    def changes(self) -> int:
+        """EPOLL bits if the readiness changed since the last call, else 0."""
+        ...
+
+    def read(self, size: int) -> bytes:
+        """os.read."""
+        ...
+
+    def write(self, data: memoryview) -> int:
+        """os.write."""
+        ...
+
+    def close(self) -> None:
+        """os.close."""
+        ...
+
+
+class PortFile:
+    """A port's device node, open and non-blocking."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._poll = EdgePoll(fd)
+        self._open = True
+
+    def fileno(self) -> int:
+        """See `PortDevice`."""
+        return self._poll.fileno()
+
+    def changes(self) -> int:
+        """See `PortDevice`."""
+        return self._poll.changes()
+
+    def read(self, size: int) -> bytes:
+        """See `PortDevice`."""
+        return os.read(self._fd, size)
+
+    def write(self, data: memoryview) -> int:
+        """See `PortDevice`."""
+        return os.write(self._fd, data)
+
+    def close(self) -> None:
+        """See `PortDevice`."""
+        if self._open:
+            self._open = False
+            self._poll.close()
+            os.close(self._fd)
+
+
+class GuestPort:
+    """An open virtio-serial port as a `Link`. `present` tells whether the host is connected."""
+
+    def __init__(self, device: PortDevice, name: str) -> None:
+        self._device = device
+        self._name = name
+        self._hup = False
+        self._present = False  # until the first edge, which comes at once
+        self._readable = False
+        self._writable = False
+
+    @property
+    def name(self) -> str:
+        """The port's name."""
+        return self._name
+
+    @property
+    def present(self) -> bool:
+        """Whether the host is connected, as far as the port shows it."""
+        return self._present
+
+    def fileno(self) -> int:
+        """See `Link`."""
+        return self._device.fileno()
+
+    def refresh(self) -> None:
+        """See `Link`."""
+        mask = self._device.changes()
+        if not mask:
+            return
+        if mask & select.EPOLLHUP and not mask & select.EPOLLIN:
+            raise LinkError(f"port {self._name} was unplugged")
+        self._hup = bool(mask & select.EPOLLHUP)
+        if not self._hup:
+            self._present = True
+        self._readable = self._readable or bool(mask & select.EPOLLIN)
+        self._writable = bool(mask & select.EPOLLOUT)
+
+    def receive(self) -> bytes:
+        """See `Link`. What the host wrote before it left is delivered before `present` turns false."""
+        if not self._readable:
+            return b""
+        try:
+            data = self._device.read(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            self._readable = False
+            return b""
+        except OSError as error:
+            raise LinkError(f"port {self._name}: {error.strerror}") from error
+        if not data:  # not an end of file: the host is away
+            self._readable = False
+            self._present = False
+        return data
+
+    def send(self, data: memoryview) -> int:
+        """See `Link`."""
+        if not self._writable or not self._present:
+            return 0
+        try:
+            return self._device.write(data[:WRITE_SIZE])
+        except (BlockingIOError, InterruptedError):
+            self._writable = False
+            return 0
+        except OSError as error:
+            raise LinkError(f"port {self._name}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """See `Link`."""
+        self._device.close()
+
+
+def open_node(node: str, name: str) -> GuestPort:
+    """Open the device node `node` of the port `name`.
+
+    Raises:
+        PortBusy: another program has it open; who, the caller finds out (`discovery.holder_of`).
+        PortNotFound: the node is not there (any more).
+        LinkError: any other reason, permission for instance.
+    """
+    try:
+        fd = os.open(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise PortBusy(f"port {name} ({node}) is held by another program") from error
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise PortNotFound(f"port {name} has gone ({node}: {error.strerror})") from error
+        raise LinkError(f"port {name}: cannot open {node}: {error.strerror}") from error
+    try:
+        return GuestPort(PortFile(fd), name)
+    except OSError as error:
+        os.close(fd)
+        raise LinkError(f"port {name}: {node} cannot be watched: {error.strerror}") from error
