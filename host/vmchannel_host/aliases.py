@@ -11,18 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from vmchannel_host.journal_types import StoredAlias
 from vmchannel_host.model import VmUuid
-
-
-@dataclass(frozen=True, slots=True)
-class AliasRecord:
-    """One announcement as it is remembered. A later record of the same VM overrides an earlier one."""
-
-    vm_uuid: VmUuid
-    node_name: str  # untrusted text
-    source: str  # "corosync" or "hostname"
-    claimed_at: float  # wall clock, seconds; for people only
-    refused: bool  # another VM held the name
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +21,18 @@ class Announced:
 
     accepted: bool
     reason: str  # one line; names the holder and the remedy when refused
-    records: tuple[AliasRecord, ...]  # to be remembered durably, in this order, before the guest is answered
+    records: tuple[StoredAlias, ...]  # to be remembered, in this order, before the guest is answered
 
 
 class AliasTable:
     """Who holds and who claims which node name.
 
-    Remembered as a log: `restore` with all records in the order they were remembered gives the table again.
-    An accepted record sets the VM's name and ends its claim; a refused one sets its claim and keeps its name.
+    For each VM at most two records stand: the name it holds and, announced later, the name it was refused. An
+    accepted record replaces both, a refused one replaces a refused one.
     """
 
-    def restore(self, records: Iterable[AliasRecord]) -> None:
-        """Take the remembered records, oldest first. For each VM the last accepted and what follows it suffice."""
+    def restore(self, records: Iterable[StoredAlias]) -> None:
+        """Take the records that stand, once, before anything else."""
         raise NotImplementedError
 
     def announce(
@@ -69,6 +59,6 @@ class AliasTable:
         """VMs to which the name was refused and that claim it still."""
         raise NotImplementedError
 
-    def records(self) -> tuple[AliasRecord, ...]:
+    def records(self) -> tuple[StoredAlias, ...]:
         """All that stands now: held names and refused claims, for `doctor` and status."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which instances of which VMs exist, existed, or left (S1, S9): the daemon's knowledge, without I/O.
 
-Fed with hypervisor events, looks and the durable records; emits rows to be remembered. A process that was once
+Fed with hypervisor events, looks and the durable records; emits what is to be remembered. A process that was once
 recorded stays an instance until its end is proven, whatever looks and monitors say.
 """
 
@@ -10,51 +10,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from vmchannel_host.hypervisors import HypervisorEvent
 from vmchannel_host.instance_state import InstanceState
-from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, ProcessIdentity, VmUuid
+from vmchannel_host.journal_types import KnownInstance
+from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, Migration, ProcessIdentity, VmUuid
 from vmchannel_host.policy import VmDirectory
 
 
 @dataclass(frozen=True, slots=True)
-class StoredInstance:
-    """One process as it is remembered durably: a row that replaces the earlier row of the same identity."""
+class RememberInstance:
+    """To be kept durably (`remember_instance`): a process is new, or its name or migration changed."""
 
-    host: HostName
     identity: ProcessIdentity
     name: str  # the VM's name; "" when never told
-    state: InstanceState  # when last watched
-    arrived: bool = False  # it was seen as the destination of a migration
-    ended: InstanceEnded | None = None  # proof of its end
-    departed: str = (
-        ""  # why its VM may live elsewhere since; "" when it does not, was seen again or confirmed off
-    )
+    host: HostName
+    migration: Migration  # as last watched
 
 
-class InstanceStore(Protocol):
-    """What keeps the rows. Rows that the registry returns are kept before anything that relies on them is told."""
+@dataclass(frozen=True, slots=True)
+class RememberEnd:
+    """To be kept durably (`remember_end`): the end of a process is proven."""
 
-    async def remember_instances(self, rows: Iterable[StoredInstance]) -> None:
-        """Insert or replace by identity; durable when it returns."""
+    evidence: InstanceEnded  # `departed` is set when what was last watched says so
 
-    async def known_instances(self) -> list[StoredInstance]:
-        """All rows, in the order in which their identities were first remembered."""
+
+RegistryRecord = RememberInstance | RememberEnd
+"""Kept, in order, before anything that relies on it is told to anybody."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedInstance:
     """What is known of one process whose end is not proven."""
 
-    row: StoredInstance
-    instance: (
-        Instance | None
-    )  # the last report of it; None: known from the records, not seen since the daemon began
-
-    @property
-    def identity(self) -> ProcessIdentity:
-        return self.row.identity
+    host: HostName
+    identity: ProcessIdentity
+    name: str  # "" when never told
+    state: InstanceState
+    instance: Instance | None  # last report; None: known from the records, not seen since the daemon began
+    arrived: bool = False  # watched as the destination of a migration
 
 
 class ConflictKind(Enum):
@@ -82,26 +76,32 @@ class Conflict:
 
 
 class VmRegistry:
-    """What this host knows of its VMs. Methods that change it return the rows to be remembered."""
+    """What this host knows of its VMs. Methods that change it return what is to be remembered."""
 
     def __init__(self, host: HostName, *, standalone: bool) -> None:
-        """`standalone`: no other host could run these VMs, so that an end that nobody watched is no departure."""
         raise NotImplementedError
 
-    def restore(self, rows: Iterable[StoredInstance]) -> None:
-        """Take the remembered rows, once, before anything else."""
+    def set_standalone(self, standalone: bool) -> None:
+        """Whether no other host could run these VMs, so that an end that nobody watched is no departure (S1)."""
         raise NotImplementedError
 
-    def apply(self, event: HypervisorEvent) -> tuple[StoredInstance, ...]:
+    def restore(self, rows: Iterable[KnownInstance]) -> None:
+        """Take all remembered processes, oldest first; once, before anything else."""
+        raise NotImplementedError
+
+    def apply(self, event: HypervisorEvent) -> tuple[RegistryRecord, ...]:
         """A hypervisor saw an instance, or proved its end. Evidence of `Hypervisor.off` comes as `Ended` too."""
         raise NotImplementedError
 
-    def apply_look(self, look: Look) -> tuple[StoredInstance, ...]:
+    def apply_look(self, look: Look) -> tuple[RegistryRecord, ...]:
         """Take a look. It adds and updates; what it does not show is not ended by that."""
         raise NotImplementedError
 
-    def confirm_off(self, vm: VmUuid, by: str) -> tuple[StoredInstance, ...]:
-        """The operator's word that a departed VM is off. It ends departures, never a process that is unproven."""
+    def confirm_off(self, vm: VmUuid) -> None:
+        """The operator's word that a departed VM is off. It ends departures, never a process that is unproven.
+
+        The caller journals who said so, and says it again after `restore`.
+        """
         raise NotImplementedError
 
     def vms(self) -> frozenset[VmUuid]:
