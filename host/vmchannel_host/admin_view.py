@@ -164,7 +164,7 @@ class FenceOrder:
 
 
 class AdminView(Protocol):
-    """What the admin API needs of the daemon. The plain methods are snapshots of memory and must not block."""
+    """What the admin API needs of the daemon. Plain methods are snapshots of memory and do not block."""
 
     def status(self) -> DaemonStatus: ...
 
@@ -189,7 +189,8 @@ class AdminView(Protocol):
     async def fence(self, order: FenceOrder, progress: Callable[[FenceProgress], None]) -> FenceAnswer:
         """Carry out an operator's order; always answers within `order.timeout_s`, failure included.
 
-        `progress` never blocks and never raises. Cancelling means that nobody waits any more; an intent goes on (S5).
+        `progress` never blocks and never raises. Cancelling means that nobody waits any more; an intent goes
+        on (S5).
         """
         ...
 

@@ -4,7 +4,9 @@
 ::
 
     JournalError            nothing was stored or read: refuse what needed it (fail closed)
-    ├── JournalCorrupt      the file is damaged or does not belong to the key: restore a backup
+    ├── JournalCorrupt      what is stored is malformed, or does not belong to the key: restore a backup
+    │   └── JournalDamaged  found by an open journal, which serves nothing any more: stop the daemon
+    ├── JournalDisk         the disk failed under an open journal: mend it, start the daemon again
     ├── JournalFull         the disk is full: make room; what was stored before is safe
     ├── JournalLocked       another daemon has the journal open
     ├── JournalBusy         the deadline passed or too many calls wait: the outcome is unknown
@@ -27,7 +29,7 @@ from vmchannel_host.model import (
     VmUuid,
 )
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 
 class JournalError(Exception):
@@ -35,7 +37,15 @@ class JournalError(Exception):
 
 
 class JournalCorrupt(JournalError):
-    """The file is damaged, missing beside its key, or signed by another key. It is never made anew silently."""
+    """Damaged, missing beside its key, or signed by another key. It is never made anew silently."""
+
+
+class JournalDamaged(JournalCorrupt):
+    """The file of an open journal was damaged, replaced or removed; every later call raises this again."""
+
+
+class JournalDisk(JournalError):
+    """The disk failed under an open journal; every later call raises this again."""
 
 
 class JournalFull(JournalError):
@@ -51,7 +61,7 @@ class JournalBusy(JournalError):
 
 
 class JournalMisuse(JournalError):
-    """The caller's mistake: a body that is too large or no JSON, a request id stored twice with other content."""
+    """The caller's mistake: a body that is too large or no JSON, a request id stored twice."""
 
 
 @dataclass(frozen=True, slots=True)
