@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# `make` alone explains itself. Each target installs what it needs first (as root, on Debian 12).
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help deps demo test check format bench test-all clean
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+ARGS ?=
+
+help:      ## list the targets
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+deps:      ## install Debian packages and the virtual environment
+	@tools/install-deps
+
+demo: deps ## three guests, one fences another; about a minute and a half
+	@$(BIN)/python -m tests.rig.demo $(ARGS)
+
+test: deps ## unit, integration and system tests (ARGS="-k name" narrows)
+	$(PYTEST) -m "not cluster and not peer" $(ARGS) tests/unit tests/integration tests/system
+
+check: deps ## format, lint, types (mypy and pyright, strict), import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: deps ## write what `check` wants of the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: deps ## measure; figures with the machine they were measured on
+	$(BIN)/python -m benchmarks $(ARGS)
+
+test-all: check ## the checks and every test, the long ones too
+	$(PYTEST) $(ARGS) tests/unit tests/integration tests/system
+
+clean:     ## remove what was built, cached or installed here
+	rm -rf .venv .cache build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
