@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Read `host.yaml` and `policy.d/*.yaml` beside it into one `HostConfig`, or tell all that is wrong with them.
+"""Read `host.yaml` and `policy.d/*.yaml` beside it into one `HostConfig`, or tell all that is wrong.
 
 A pure function of the files: reading again never changes anything, so a reload that fails leaves the old
 configuration in force (S10).
@@ -7,10 +7,15 @@ configuration in force (S10).
 
 from __future__ import annotations
 
+import errno
+import socket
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmchannel_host.config_build import build_config
+from vmchannel_host.config_checks import ReadFile, check_duplicate_groups, check_groups, check_host_file
 from vmchannel_host.config_model import (
     AfterKill,
     BusKind,
@@ -31,6 +36,10 @@ from vmchannel_host.config_model import (
     PortsConfig,
     QmpConfig,
 )
+from vmchannel_host.config_scalars import KINDS
+from vmchannel_host.config_schema import HOST_SCHEMA, POLICY_SCHEMA, Schema, Violation, violations
+from vmchannel_host.config_yaml import MAX_BYTES, Position, YamlError, parse_yaml
+from vmchannel_host.config_yaml import Path as KeyPath
 
 __all__ = [
     "AfterKill",
@@ -57,6 +66,9 @@ __all__ = [
     "load_config",
 ]
 
+POLICY_DIR = "policy.d"
+"""Folder beside `host.yaml` whose `*.yaml` files define groups, one owner each if one likes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
@@ -67,6 +79,10 @@ class ConfigProblem:
     column: int  # from 1; 0 likewise
     key: str  # path of the key, as `policy.groups.web.actions[0]`; "" for the file as a whole
     message: str  # what was found, what is expected, the nearest valid word
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
 
 
 class ConfigError(Exception):
@@ -91,9 +107,109 @@ def load_config(path: Path | str, *, host_name: str | None = None) -> HostConfig
     Raises:
         ConfigError: the files are missing or wrong; it names every problem. Keep the configuration in force.
     """
-    raise NotImplementedError
+    default_host = socket.gethostname() if host_name is None else host_name
+    files, problems = _read_all(Path(path))
+    problems += _check(files)
+    if problems:
+        raise ConfigError(problems)
+    config = build_config(files, default_host)
+    _check_default_host(config.host, Path(path))
+    return config
 
 
-def check_config(path: Path | str) -> list[ConfigProblem]:
+def check_config(path: Path | str, *, host_name: str | None = None) -> list[ConfigProblem]:
     """All problems of the files; empty when `load_config` would succeed."""
-    raise NotImplementedError
+    try:
+        load_config(path, host_name=host_name)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _read_all(path: Path) -> tuple[list[ReadFile], list[ConfigProblem]]:
+    """Parse `host.yaml` and the files of `policy.d/`; files that cannot be parsed are problems only."""
+    files: list[ReadFile] = []
+    problems: list[ConfigProblem] = []
+    try:
+        fragments = sorted(
+            entry for entry in (path.parent / POLICY_DIR).iterdir() if _is_fragment(entry.name)
+        )
+    except FileNotFoundError:
+        fragments = []  # it is optional
+    except OSError as error:
+        fragments = []
+        problems.append(_whole(path.parent / POLICY_DIR, f"cannot be listed: {error.strerror}"))
+    for file in (path, *fragments):
+        try:
+            files.append(ReadFile(str(file), parse_yaml(_read(file)), is_policy=file is not path))
+        except OSError as error:
+            problems.append(_whole(file, f"cannot be read: {error.strerror or error}"))
+        except YamlError as error:
+            at = error.position
+            problems.append(
+                ConfigProblem(str(file), at.line if at else 0, at.column if at else 0, "", str(error))
+            )
+    return files, problems
+
+
+def _check_default_host(host: str, path: Path) -> None:
+    try:
+        KINDS["host"](host)  # from the file it is checked already; the machine may be called anything
+    except ValueError as error:
+        message = f"the machine's host name is {host!r}, expected {error}: set `host`"
+        raise ConfigError([ConfigProblem(str(path), 0, 0, "host", message)]) from error
+
+
+def _is_fragment(name: str) -> bool:
+    return name.endswith(".yaml") and not name.startswith(".")
+
+
+def _read(path: Path) -> bytes:
+    # A FIFO or device would block, or never end.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
+def _check(files: Sequence[ReadFile]) -> list[ConfigProblem]:
+    """All problems of the files that could be parsed, in the order of files and lines."""
+    found: list[tuple[ReadFile, Violation]] = list(check_duplicate_groups(files))
+    problems: list[ConfigProblem] = []
+    for file in files:
+        tree = file.document.tree
+        found += ((file, violation) for violation in violations(tree, _schema(file)))
+        found += ((file, violation) for violation in check_groups(file))
+        if not file.is_policy:
+            found += ((file, violation) for violation in check_host_file(tree))
+        problems += (
+            _problem(file, fault.position, fault.path, fault.message) for fault in file.document.faults
+        )
+    for file, violation in found:
+        document = file.document
+        position = (
+            document.key_position(violation.path) if violation.at_key else document.position(violation.path)
+        )
+        problems.append(_problem(file, position, violation.path, violation.message))
+    order = {file.name: number for number, file in enumerate(files)}
+    return sorted(problems, key=lambda problem: (order[problem.file], problem.line, problem.column))
+
+
+def _schema(file: ReadFile) -> Schema:
+    return POLICY_SCHEMA if file.is_policy else HOST_SCHEMA
+
+
+def _problem(file: ReadFile, position: Position, path: KeyPath, message: str) -> ConfigProblem:
+    return ConfigProblem(file.name, position.line, position.column, _key(path), message)
+
+
+def _whole(path: Path, message: str) -> ConfigProblem:
+    return ConfigProblem(str(path), 0, 0, "", message)
+
+
+def _key(path: KeyPath) -> str:
+    """A path as people write it: policy.groups.web.actions[0]."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if part.isprintable() else f".{part!r}"
+    return text.removeprefix(".")[:200]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Text of a YAML file to a plain tree that remembers where each key and value stands.
 
-YAML 1.1 reads `off` as false, 0123 as 83, 1:30 as 90 and takes the last of two equal keys without a word. Here only
-`true` and `false` are booleans, every other scalar stays text until the schema converts it, and a duplicate
-key is refused. Anchors, tags and merge keys are refused too: a configuration needs none, and they let a few bytes
-become gigabytes. The tree is built from parser events without recursion, so that depth is bounded by a number.
+YAML 1.1 reads `off` as false, 0123 as 83, 1:30 as 90 and takes the last of two equal keys without a word.
+Here only `true` and `false` are booleans, every other scalar stays text until the schema converts it, and a
+duplicate key is refused. Anchors, tags and merge keys are refused too: a configuration needs none, and they
+let a few bytes become gigabytes. The tree is built from parser events without recursion: depth is a number.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse_yaml(data: bytes) -> Document:
     """Parse one file. An empty file is an empty mapping.
 
     Raises:
-        YamlError: not UTF-8, not YAML, larger than `MAX_BYTES`, deeper than `MAX_DEPTH`, more than one document.
+        YamlError: not UTF-8, not YAML, larger than `MAX_BYTES`, deeper than `MAX_DEPTH`, or two documents.
     """
     if len(data) > MAX_BYTES:
         raise YamlError(f"the file has {len(data):,} bytes, at most {MAX_BYTES:,} are read")
@@ -113,7 +113,7 @@ def _events(text: str) -> Iterator[yaml.Event]:
 
 
 def _offset_position(text: str, offset: int) -> Position:
-    # The C parser counts bytes, the other one characters: the line is right for both up to non-ASCII text before it.
+    # The C parser counts bytes, the other one characters: they differ after non-ASCII text only.
     before = text[:offset]
     return Position(before.count("\n") + 1, offset - before.rfind("\n"))
 

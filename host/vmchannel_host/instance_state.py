@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The state machine of one instance (one QEMU process), from first sight to proven end.
 
-Rules: 1. only this module changes a state, by `advance`; 2. GONE is final and reached by proof of the process's
-end only (S1). A mute monitor changes nothing: the state is what was last watched.
+Rules: 1. only this module changes a state, by `advance`; 2. GONE is final, and reached by proof of the
+process's end only (S1). A mute monitor changes nothing: the state is what was last watched.
 """
 
 from __future__ import annotations
