@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One peer's reliable conversation over successive links: greeting, session and channels behind one object.
+"""One peer's reliable conversation over successive links: greeting, session, channels behind one object.
 
-No I/O: a shell gives it received bytes and the time, sends what `data_to_send` returns, calls `handle_time` at
-`next_deadline`, and acts on `events`. The shape of every shell: feed, handle events, transmit, arm one timer.
+No I/O: a shell gives it received bytes and the time, sends what `data_to_send` returns, calls `handle_time`
+at `next_deadline`, and acts on `events`. The shape of every shell: feed, handle events, transmit, arm one timer.
 `now` is always seconds on one monotonic clock (CLOCK_BOOTTIME where deadlines must survive suspension).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-from fence_vmchannel.errors import CloseCode
+from fence_vmchannel import saved
+from fence_vmchannel.channel_state import message_cost
+from fence_vmchannel.channels import Multiplexer
+from fence_vmchannel.errors import CloseCode, LocalProtocolError
 from fence_vmchannel.events import (
     ChannelAccepted,
     ChannelOpened,
@@ -28,6 +30,9 @@ from fence_vmchannel.events import (
     Role,
     Unlinked,
 )
+from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT
+from fence_vmchannel.session import Session
+from fence_vmchannel.session_state import SessionState
 
 __all__ = [
     "FRAME_COST",
@@ -50,13 +55,7 @@ __all__ = [
     "message_cost",
 ]
 
-FRAME_COST: Final = 64
-MAX_FRAGMENT: Final = 32_768
-
-
-def message_cost(size: int) -> int:
-    """What a message of `size` bytes takes from a window when it is sent in one call: bytes plus FRAME_COST a frame."""
-    raise NotImplementedError
+_DEFAULT_LIMITS = Limits()
 
 
 class Connection:
@@ -68,69 +67,92 @@ class Connection:
         identity: PeerIdentity,
         *,
         random_bytes: Callable[[int], bytes],
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        limits: Limits = _DEFAULT_LIMITS,
     ) -> None:
         """`random_bytes(n)` gives n unguessable bytes (os.urandom); tests give a seeded generator."""
+        self._events: list[Event] = []
+        self._channels = Multiplexer(role, limits, self._events)
+        self._session = Session(role, identity, limits, random_bytes, self._channels, self._events)
 
     # --- the link ---
 
     def link_up(self, now: float) -> None:
-        """A byte connection to the peer is there. Its greeting starts; `Opened` follows."""
+        """A byte connection to the peer is there (an earlier one is gone). Its greeting starts; `Opened` follows.
+
+        Raises:
+            LocalProtocolError: the session has been exported.
+        """
+        self._session.link_up(now)
 
     def link_down(self, now: float) -> None:
         """The byte connection is gone. The session stays; `Unlinked` follows if it was open. May be called twice."""
+        self._session.link_down(now)
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
         """Take received bytes. Whatever they are, this does not raise; see `events`."""
+        self._session.receive(data, now)
 
     def data_to_send(self, now: float, max_bytes: int = 65_536) -> bytes:
         """The next bytes for the link, b"" if there is nothing to send now.
 
-        At most `max_bytes` (at least one frame if any waits). The caller must write all of it before it asks again,
-        or call `link_down`. Ask again until b"" comes, after each receive, send, grant, close and handle_time.
+        At most `max_bytes` (at least one frame if any waits). The caller must write all of it before it asks
+        again, or call `link_down`. Ask again until b"" comes, after each receive, send, grant, close and handle_time.
         """
-        raise NotImplementedError
+        return self._session.data_to_send(now, max_bytes)
 
     def next_deadline(self) -> float | None:
         """When to call `handle_time`, seconds on the caller's clock; None: never."""
-        raise NotImplementedError
+        return self._session.next_deadline()
 
     def handle_time(self, now: float) -> None:
         """Do what is due (heartbeat, repeated greeting, silence). Calling early or late is harmless."""
+        self._session.handle_time(now)
 
     def events(self) -> list[Event]:
         """What has happened since the last call, in order."""
-        raise NotImplementedError
+        events = self._events.copy()
+        self._events.clear()
+        return events
 
     @property
     def opened(self) -> bool:
         """Whether the greeting on the present link is done."""
-        raise NotImplementedError
+        return self._session.state is SessionState.OPEN
+
+    @property
+    def state(self) -> SessionState:
+        """The state of the present link's greeting; for status displays and tests."""
+        return self._session.state
 
     @property
     def tick(self) -> int:
         """GUEST: the last host tick seen, ms of the host's clock (0: none). HOST: the last tick sent."""
-        raise NotImplementedError
+        return self._session.tick
 
     @property
     def peer(self) -> PeerIdentity | None:
         """What the peer last said of itself in a greeting."""
-        raise NotImplementedError
+        return self._session.peer
 
     @property
     def session_id(self) -> bytes:
         """16 bytes; all zero before the first greeting."""
-        raise NotImplementedError
+        return self._session.session_id
 
     @property
     def channels(self) -> int:
         """How many channels exist now."""
-        raise NotImplementedError
+        return len(self._channels)
 
     @property
     def unsent_bytes(self) -> int:
-        """Payload bytes queued or sent and not yet acknowledged by the peer's hub."""
-        raise NotImplementedError
+        """Bytes queued, or sent and not yet acknowledged by the peer's hub."""
+        return self._channels.queued_bytes + self._session.outbox.in_flight
+
+    @property
+    def regreetings(self) -> int:
+        """How often something did not fit and the greeting began anew, on all links of this object."""
+        return self._session.regreetings
 
     # --- channels ---
 
@@ -147,22 +169,25 @@ class Connection:
         Args:
             target: name of the service, at most 1,024 bytes of UTF-8.
             window: what our consumer takes before it grants more, cost units; None: `Limits.window_bytes`.
+            priority: FENCING and CONTROL go before all NORMAL channels; who may ask for them is the caller's rule.
             payload: goes to the acceptor with the request; at most 32,768 bytes.
 
         Raises:
             ServiceRefused: a limit of ours is reached (code LIMIT).
             MessageTooLarge: target or payload is too long.
         """
-        raise NotImplementedError
+        return self._channels.open(target, window, priority, payload)
 
     def accept(self, channel: int, *, window: int | None = None, payload: bytes = b"") -> None:
         """Accept a channel that `ChannelOpened` announced.
 
         Raises:
-            ChannelClosed: the peer closed it meanwhile, or `Limits.session_bytes` is reached (it is refused then).
+            ServiceRefused: `Limits.session_bytes` is reached; the channel has been refused.
+            ChannelClosed: the channel is gone (the peer closed it, or the session was reset).
             LocalProtocolError: it is accepted already, or it is ours.
             MessageTooLarge: payload is longer than 32,768 bytes.
         """
+        self._channels.accept(channel, window, payload)
 
     def send(self, channel: int, data: bytes | bytearray | memoryview, *, end: bool = True) -> None:
         """Queue a message, or a fragment of one (`end=False`). Cut into frames of at most MAX_FRAGMENT bytes.
@@ -170,29 +195,36 @@ class Connection:
         Raises:
             MessageTooLarge: `data` alone costs more than the reader's whole window: it could never be sent.
             CreditExceeded: wait for `Granted`; nothing was queued.
-            ChannelClosed: no such channel any more.
+            ChannelClosed: the channel is gone.
             LocalProtocolError: the channel is not accepted yet.
         """
+        self._channels.send(channel, data, end)
 
     def credit(self, channel: int) -> int:
         """The largest `data`, in bytes, that `send` takes now; 0 also when the channel is gone or not accepted."""
-        raise NotImplementedError
+        return self._channels.credit(channel)
 
     def max_message(self, channel: int) -> int:
-        """The largest message, in bytes, that the reader's window could ever take; 0 before `ChannelAccepted`."""
-        raise NotImplementedError
+        """The largest message, in bytes, that the reader's window could take; 0 before `ChannelAccepted`."""
+        return self._channels.max_message(channel)
 
     def grant(self, channel: int, delivered: int, limit: int) -> None:
-        """Our consumer took everything up to offset `delivered`; it may be sent up to `limit` (absolute, cost units).
+        """Our consumer took all up to offset `delivered`; it may be sent up to `limit` (absolute, cost units).
 
         Numbers below those of an earlier call have no effect; a channel that is gone is ignored.
+
+        Raises:
+            LocalProtocolError: `delivered` is more than has come.
         """
+        self._channels.grant(channel, delivered, limit)
 
     def close(self, channel: int, code: CloseCode = CloseCode.NORMAL, reason: str = "") -> None:
-        """End the channel, after the data already sent on it. Before `accept` it refuses. A gone channel is ignored."""
+        """End the channel, after the data already sent on it; before `accept` it refuses. Gone: ignored."""
+        self._channels.close(channel, code, reason)
 
     def abort(self, channel: int, code: CloseCode = CloseCode.NORMAL, reason: str = "") -> None:
-        """End the channel now; data of it that is still queued is dropped. A gone channel is ignored."""
+        """End the channel now; data of it that is still queued is dropped. Gone: ignored."""
+        self._channels.abort(channel, code, reason)
 
     # --- hand-over ---
 
@@ -202,7 +234,9 @@ class Connection:
         Raises:
             LocalProtocolError: events are waiting: handle `events` first, or their data would be lost.
         """
-        raise NotImplementedError
+        if self._events:
+            raise LocalProtocolError("events are waiting")
+        return saved.export_state(self._session, self._channels)
 
     @classmethod
     def import_state(
@@ -212,11 +246,13 @@ class Connection:
         identity: PeerIdentity,
         *,
         random_bytes: Callable[[int], bytes],
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        limits: Limits = _DEFAULT_LIMITS,
     ) -> Connection:
         """Go on with an exported session: call `link_up` next. Channel ids and offsets are as they were.
 
         Raises:
             RemoteProtocolError: `state` is damaged, of another format version, or of another role.
         """
-        raise NotImplementedError
+        connection = cls(role, identity, random_bytes=random_bytes, limits=limits)
+        saved.import_state(state, connection._session, connection._channels)
+        return connection

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One channel: its states, its offsets, what it has queued; and the round robin among channels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+from fence_vmchannel.errors import CloseCode, LocalProtocolError
+from fence_vmchannel.events import Priority
+from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT, FrameType
+
+
+class ChannelState(Enum):
+    """Where a channel is in its life, seen from one side."""
+
+    QUEUED = "queued"  # we open it; OPEN has no sequence number yet, so no session knows it
+    OPENING = "opening"  # we open it; OPEN is in the session
+    OFFERED = "offered"  # the peer opens it; our application has not answered
+    OPEN = "open"  # accepted; data flows
+    CLOSING = "closing"  # our side ended it; CLOSE waits behind data, or is not yet acknowledged
+    GONE = "gone"  # forgotten; its number is never used again in this session
+
+
+class ChannelInput(Enum):
+    """What moves a channel from state to state."""
+
+    OPEN_SENT = "OPEN gets its sequence number"
+    ACCEPT = "we accept"
+    ACCEPTED = "ACCEPT arrives"
+    CLOSE = "we close, abort or refuse"
+    CLOSED = "CLOSE or CANCEL arrives"
+    CONFIRMED = "our CLOSE or CANCEL is acknowledged"
+    RESET = "the session ends"
+
+
+_S = ChannelState
+_I = ChannelInput
+
+CHANNEL_TRANSITIONS: Final[Mapping[tuple[ChannelState, ChannelInput], ChannelState]] = MappingProxyType(
+    {
+        (_S.QUEUED, _I.OPEN_SENT): _S.OPENING,
+        (_S.QUEUED, _I.CLOSE): _S.GONE,  # nobody else knows it: nothing to send
+        (_S.QUEUED, _I.RESET): _S.QUEUED,  # it opens in the next session
+        (_S.OPENING, _I.ACCEPTED): _S.OPEN,
+        (_S.OPENING, _I.CLOSE): _S.CLOSING,
+        (_S.OPENING, _I.CLOSED): _S.GONE,  # refused
+        (_S.OPENING, _I.RESET): _S.GONE,
+        (_S.OFFERED, _I.ACCEPT): _S.OPEN,
+        (_S.OFFERED, _I.CLOSE): _S.CLOSING,
+        (_S.OFFERED, _I.CLOSED): _S.GONE,
+        (_S.OFFERED, _I.RESET): _S.GONE,
+        (_S.OPEN, _I.CLOSE): _S.CLOSING,
+        (_S.OPEN, _I.CLOSED): _S.GONE,
+        (_S.OPEN, _I.RESET): _S.GONE,
+        (_S.CLOSING, _I.CLOSED): _S.GONE,  # both sides closed at once
+        (_S.CLOSING, _I.CONFIRMED): _S.GONE,
+        (_S.CLOSING, _I.RESET): _S.GONE,
+    }
+)
+
+QUANTUM: Final = MAX_FRAGMENT + FRAME_COST
+"""What a channel may send in one round, cost units: the largest frame, so that one round is always enough for one."""
+
+
+def message_cost(size: int) -> int:
+    """What a message of `size` bytes takes from a window when sent in one call: bytes plus FRAME_COST a frame."""
+    return size + FRAME_COST * (-(-size // MAX_FRAGMENT) or 1)
+
+
+def largest_message(available: int) -> int:
+    """The largest message, in bytes, whose cost is at most `available`; 0 if not even an empty one fits."""
+    frames, rest = divmod(available, MAX_FRAGMENT + FRAME_COST)
+    return max(0, frames * MAX_FRAGMENT + max(0, rest - FRAME_COST))
+
+
+class Channel:
+    """What one side knows of one channel. Offsets count from 0 at its beginning, in cost units."""
+
+    __slots__ = (
+        "accept_payload",
+        "close_code",
+        "close_reason",
+        "consumed",
+        "credit_due",
+        "deficit",
+        "delivered",
+        "largest_window",
+        "number",
+        "open_payload",
+        "priority",
+        "queue",
+        "receive_limit",
+        "received",
+        "scheduled",
+        "send_limit",
+        "sent",
+        "state",
+        "target",
+        "window",
+    )
+
+    def __init__(self, number: int, target: str, priority: Priority, state: ChannelState) -> None:
+        self.number = number
+        self.target = target
+        self.priority = priority
+        self.state = state
+        self.open_payload = b""  # until OPEN is sent
+        self.accept_payload = b""  # until ACCEPT is sent
+        self.window = 0  # what OPEN or ACCEPT of ours promises
+        self.sent = 0  # taken from our application
+        self.scheduled = 0  # of this, given to the session
+        self.delivered = 0  # of this, taken by the peer's consumer
+        self.send_limit = 0  # how far the peer's consumer lets us send
+        self.largest_window = 0  # the largest window the peer has shown
+        self.received = 0  # come from the peer
+        self.consumed = 0  # of this, taken by our consumer
+        self.receive_limit = 0  # how far our consumer lets the peer send
+        self.credit_due = False  # a CREDIT waits in the control queue
+        self.queue: deque[tuple[bytes, int]] = deque()  # payload and flags of DATA not yet scheduled
+        self.deficit = 0
+        self.close_code: CloseCode | None = None  # set: CLOSE follows the queue
+        self.close_reason = ""
+
+    def apply(self, what: ChannelInput) -> None:
+        """Move to the next state.
+
+        Raises:
+            LocalProtocolError: the table has no such transition. Callers check what comes from the peer before.
+        """
+        following = CHANNEL_TRANSITIONS.get((self.state, what))
+        if following is None:
+            raise LocalProtocolError(f"channel {self.number} is {self.state.value}: no {what.name} now")
+        self.state = following
+
+    @property
+    def promised(self) -> int:
+        """What may still come before our consumer grants more, or waits for it to take, in cost units."""
+        return self.receive_limit - self.consumed
+
+    def wants_to_send(self) -> bool:
+        """Whether data, or the CLOSE behind it, waits to be scheduled."""
+        return bool(self.queue) or self.close_code is not None
+
+    def head_cost(self) -> int:
+        """What the next frame of the queue costs; for CLOSE the least."""
+        return len(self.queue[0][0]) + FRAME_COST if self.queue else FRAME_COST
+
+    def pop(self) -> tuple[int, int, bytes]:
+        """Take the next frame off the queue: type, flags, payload (of CLOSE: empty, the caller fills it)."""
+        if self.queue:
+            payload, flags = self.queue.popleft()
+            self.scheduled += len(payload) + FRAME_COST
+            return FrameType.DATA, flags, payload
+        return FrameType.CLOSE, 0, b""
+
+
+class RoundRobin:
+    """Deficit round robin among the channels of one priority: each gets the same bytes, not the same frames."""
+
+    def __init__(self) -> None:
+        self._ring: deque[Channel] = deque()
+        self._members: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._ring)
+
+    def __iter__(self) -> Iterator[Channel]:
+        return iter(self._ring)
+
+    def add(self, channel: Channel) -> None:
+        """Let a channel take part; one that does already keeps its place."""
+        if channel.number not in self._members:
+            self._members.add(channel.number)
+            channel.deficit = 0
+            self._ring.append(channel)
+
+    def clear(self) -> None:
+        """Forget all channels."""
+        self._ring.clear()
+        self._members.clear()
+
+    def next(self) -> Channel | None:
+        """The channel whose turn it is, charged for its next frame; None if none has anything to send."""
+        ring = self._ring
+        while ring:
+            channel = ring[0]
+            if not channel.wants_to_send():
+                ring.popleft()
+                self._members.discard(channel.number)
+                continue
+            cost = channel.head_cost()
+            if channel.deficit >= cost:
+                channel.deficit -= cost
+                return channel
+            channel.deficit += QUANTUM  # enough for any frame: the next visit serves it
+            ring.rotate(-1)
+        return None

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Multiplexing: many channels over one session, with credit, priorities and limits. No I/O, no time.
+
+The session pulls the next frame to send (`next_frame`) and hands over what came, in order and once (`take`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from typing import Final
+
+from fence_vmchannel.channel_state import (
+    Channel,
+    ChannelInput,
+    ChannelState,
+    RoundRobin,
+    largest_message,
+    message_cost,
+)
+from fence_vmchannel.errors import (
+    ChannelClosed,
+    CloseCode,
+    CreditExceeded,
+    LocalProtocolError,
+    MessageTooLarge,
+    RemoteProtocolError,
+    ServiceRefused,
+)
+from fence_vmchannel.events import (
+    ChannelAccepted,
+    ChannelOpened,
+    Closed,
+    Data,
+    Event,
+    Granted,
+    Limits,
+    Priority,
+    Role,
+)
+from fence_vmchannel.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+
+BULK_IN_FLIGHT: Final = 262_144
+"""Bytes of frames unacknowledged on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
+
+FENCING_IN_FLIGHT: Final = BULK_IN_FLIGHT + 65_536
+"""The same for data of FENCING and CONTROL channels: a reserve that bulk cannot take."""
+
+CONTROL_IN_FLIGHT: Final = FENCING_IN_FLIGHT + 65_536
+"""The same for OPEN, ACCEPT, CREDIT, CLOSE and CANCEL."""
+
+MAX_TARGET_BYTES: Final = 1_024
+MAX_REASON: Final = 1_000
+MAX_CHANNEL: Final = 0xFFFF_FFFE
+
+_OPEN = struct.Struct(">BQH")  # priority, window, length of the target
+_ACCEPT = struct.Struct(">Q")  # window
+_CREDIT = struct.Struct(">QQ")  # delivered, limit
+_CLOSE = struct.Struct(">H")  # code
+
+Outgoing = tuple[int, int, int, bytes]
+"""A frame without its numbers: type, flags, channel, payload."""
+
+
+class Multiplexer:
+    """The channels of one connection."""
+
+    def __init__(self, role: Role, limits: Limits, events: list[Event]) -> None:
+        """`events` is the connection's list; what happens is appended to it."""
+        self._limits = limits
+        self._events = events
+        self._channels: dict[int, Channel] = {}
+        self._parity = 0 if role is Role.HOST else 1  # of our own channel numbers
+        self._next_number = 2 if role is Role.HOST else 1
+        self._peer_highest = 0  # highest number that the peer opened: all at or below it are known or gone
+        self._control: deque[tuple[FrameType, int]] = deque()
+        self._refusals: deque[tuple[int, CloseCode, str]] = deque()
+        self._rings = {priority: RoundRobin() for priority in Priority}
+        self._queued_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Payload bytes of DATA that have no sequence number yet."""
+        return self._queued_bytes
+
+    # --- the application's side ---
+
+    def open(self, target: str, window: int | None, priority: Priority, payload: bytes) -> int:
+        """See `Connection.open`."""
+        window = self._limits.window_bytes if window is None else window
+        if len(target.encode()) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
+            raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
+        if not self._room_for(window) or self._next_number > MAX_CHANNEL:
+            raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
+        channel = Channel(self._next_number, target, priority, ChannelState.QUEUED)
+        channel.window = channel.receive_limit = window
+        channel.open_payload = payload
+        self._next_number += 2
+        self._channels[channel.number] = channel
+        self._control.append((FrameType.OPEN, channel.number))
+        return channel.number
+
+    def accept(self, number: int, window: int | None, payload: bytes) -> None:
+        """See `Connection.accept`."""
+        channel = self._channel(number)
+        window = self._limits.window_bytes if window is None else window
+        if len(payload) > MAX_FRAGMENT:
+            raise MessageTooLarge(f"payload over {MAX_FRAGMENT} bytes")
+        if channel.state is ChannelState.OFFERED and not self._room_for(window, new=False):
+            self.close(number, CloseCode.LIMIT, "no memory for another window")
+            raise ServiceRefused(CloseCode.LIMIT, "no memory for another window")
+        channel.apply(ChannelInput.ACCEPT)
+        channel.window = channel.receive_limit = window
+        channel.accept_payload = payload
+        self._control.append((FrameType.ACCEPT, number))
+
+    def send(self, number: int, data: bytes | bytearray | memoryview, end: bool) -> None:
+        """See `Connection.send`."""
+        channel = self._channel(number)
+        if channel.state is not ChannelState.OPEN:
+            raise LocalProtocolError(f"channel {number} is {channel.state.value}, not accepted yet")
+        size = len(data)
+        cost = message_cost(size)
+        if channel.sent + cost > channel.send_limit:
+            if cost > channel.largest_window:
+                raise MessageTooLarge(f"{size} bytes; the reader's window takes {self.max_message(number)}")
+            raise CreditExceeded(f"{size} bytes; the reader has granted {self.credit(number)}")
+        if size <= MAX_FRAGMENT:
+            channel.queue.append((bytes(data), END if end else 0))
+        else:
+            view = memoryview(data)
+            for at in range(0, size, MAX_FRAGMENT):
+                last = at + MAX_FRAGMENT >= size
+                channel.queue.append((bytes(view[at : at + MAX_FRAGMENT]), END if end and last else 0))
+        channel.sent += cost
+        self._queued_bytes += size
+        self._rings[channel.priority].add(channel)
+
+    def credit(self, number: int) -> int:
+        """See `Connection.credit`."""
+        channel = self._channels.get(number)
+        if channel is None or channel.state is not ChannelState.OPEN:
+            return 0
+        return largest_message(channel.send_limit - channel.sent)
+
+    def max_message(self, number: int) -> int:
+        """See `Connection.max_message`."""
+        channel = self._channels.get(number)
+        return largest_message(channel.largest_window) if channel is not None else 0
+
+    def grant(self, number: int, delivered: int, limit: int) -> None:
+        """See `Connection.grant`."""
+        channel = self._channels.get(number)
+        if channel is None or channel.state is not ChannelState.OPEN:
+            return
+        if delivered > channel.received:
+            raise LocalProtocolError(f"channel {number}: {delivered} delivered, only {channel.received} came")
+        if delivered <= channel.consumed and limit <= channel.receive_limit:
+            return
+        channel.consumed = max(delivered, channel.consumed)
+        channel.receive_limit = max(limit, channel.receive_limit)
+        if not channel.credit_due:
+            channel.credit_due = True
+            self._control.append((FrameType.CREDIT, number))
+
+    def close(self, number: int, code: CloseCode, reason: str) -> None:
+        """See `Connection.close`."""
+        channel = self._channels.get(number)
+        if channel is None or channel.state is ChannelState.CLOSING:
+            return
+        self._end(channel, code, reason)
+        if channel.state is ChannelState.CLOSING:
+            if channel.queue:
+                self._rings[channel.priority].add(channel)
+            else:  # as control: behind an ACCEPT, before other channels' data
+                self._control.append((FrameType.CLOSE, number))
+
+    def abort(self, number: int, code: CloseCode, reason: str) -> None:
+        """See `Connection.abort`."""
+        channel = self._channels.get(number)
+        if channel is None or (channel.state is ChannelState.CLOSING and not channel.queue):
+            return
+        self._drop_queue(channel)
+        if channel.state is not ChannelState.CLOSING:
+            self._end(channel, code, reason)
+        if channel.state is ChannelState.CLOSING:
+            self._control.append((FrameType.CANCEL, number))
+
+    # --- the session's side: sending ---
+
+    def next_frame(self, in_flight: int) -> Outgoing | None:
+        """The next frame to send, by priority; None if there is none, or `in_flight` bytes are too many for it."""
+        if in_flight >= CONTROL_IN_FLIGHT:
+            return None
+        if self._control or self._refusals:
+            frame = self._next_control()
+            if frame is not None:
+                return frame
+        if in_flight >= FENCING_IN_FLIGHT:
+            return None
+        frame = self._next_data(Priority.CONTROL) or self._next_data(Priority.FENCING)
+        if frame is not None or in_flight > BULK_IN_FLIGHT - HEADER_BYTES - MAX_FRAGMENT:
+            return frame
+        return self._next_data(Priority.NORMAL)
+
+    def confirm(self, number: int) -> None:
+        """Our CLOSE or CANCEL of a channel has been acknowledged."""
+        channel = self._channels.get(number)
+        if channel is not None:  # else the peer's own CLOSE came first
+            channel.apply(ChannelInput.CONFIRMED)
+            del self._channels[number]
+
+    def reset(self) -> dict[int, int]:
+        """The session ends: forget its channels. Returns what each had sent that was not confirmed, cost units."""
+        lost: dict[int, int] = {}
+        survivors: dict[int, Channel] = {}
+        for number, channel in self._channels.items():
+            channel.apply(ChannelInput.RESET)
+            if channel.state is ChannelState.QUEUED:
+                survivors[number] = channel
+            else:
+                lost[number] = channel.sent - channel.delivered
+        self._channels = survivors
+        self._control = deque((FrameType.OPEN, number) for number in survivors)
+        self._refusals.clear()
+        self._peer_highest = 0
+        self._queued_bytes = 0
+        for ring in self._rings.values():
+            ring.clear()
+        return lost
+
+    def _next_control(self) -> Outgoing | None:
+        if self._refusals:
+            number, code, reason = self._refusals.popleft()
+            return FrameType.CLOSE, 0, number, _close_payload(code, reason)
+        while self._control:
+            kind, number = self._control.popleft()
+            channel = self._channels.get(number)
+            if channel is not None:
+                payload = self._control_payload(kind, channel)
+                if payload is not None:
+                    return kind, 0, number, payload
+        return None
+
+    def _control_payload(self, kind: FrameType, channel: Channel) -> bytes | None:
+        """The payload of a control frame whose turn has come; None if it has become needless."""
+        match kind:
+            case FrameType.OPEN:
+                channel.apply(ChannelInput.OPEN_SENT)
+                target = channel.target.encode()
+                payload, channel.open_payload = channel.open_payload, b""
+                return _OPEN.pack(channel.priority, channel.window, len(target)) + target + payload
+            case FrameType.ACCEPT:
+                payload, channel.accept_payload = channel.accept_payload, b""
+                return _ACCEPT.pack(channel.window) + payload
+            case FrameType.CREDIT:
+                channel.credit_due = False
+                if channel.state is not ChannelState.OPEN:
+                    return None
+                return _CREDIT.pack(channel.consumed, channel.receive_limit)
+            case _:  # CLOSE, CANCEL
+                if channel.close_code is None:
+                    return None
+                code, channel.close_code = channel.close_code, None
+                return _close_payload(code, channel.close_reason)
+
+    def _next_data(self, priority: Priority) -> Outgoing | None:
+        channel = self._rings[priority].next()
+        if channel is None:
+            return None
+        kind, flags, payload = channel.pop()
+        if kind == FrameType.DATA:
+            self._queued_bytes -= len(payload)
+        elif channel.close_code is not None:
+            payload = _close_payload(channel.close_code, channel.close_reason)
+            channel.close_code = None
+        return kind, flags, channel.number, payload
+
+    # --- the session's side: receiving ---
+
+    def take(self, frame: Frame) -> None:
+        """Act on a sequenced frame of the peer, each exactly once and in order.
+
+        Raises:
+            RemoteProtocolError: the peer broke a rule of the session; it must end.
+        """
+        match frame.type:
+            case FrameType.DATA:
+                self._take_data(frame)
+            case FrameType.CREDIT:
+                self._take_credit(frame)
+            case FrameType.OPEN:
+                self._take_open(frame)
+            case FrameType.ACCEPT:
+                self._take_accept(frame)
+            case FrameType.CLOSE | FrameType.CANCEL:
+                self._take_close(frame)
+            case _:
+                raise RemoteProtocolError(f"frame type {frame.type} is not of a channel")
+
+    def _take_data(self, frame: Frame) -> None:
+        channel = self._known(frame)
+        if channel is None or channel.state is ChannelState.CLOSING:
+            return  # it crossed our CLOSE
+        cost = len(frame.payload) + FRAME_COST
+        if channel.state is ChannelState.OPENING:
+            raise RemoteProtocolError(f"DATA on channel {frame.channel} before ACCEPT")
+        if len(frame.payload) > MAX_FRAGMENT:
+            self._break(channel, f"a fragment of {len(frame.payload)} bytes")
+        elif channel.received + cost > channel.receive_limit or channel.state is not ChannelState.OPEN:
+            self._break(channel, "more data than was granted")
+        else:
+            channel.received += cost
+            self._events.append(Data(frame.channel, frame.payload, bool(frame.flags & END), cost))
+
+    def _take_credit(self, frame: Frame) -> None:
+        channel = self._known(frame)
+        if channel is None or channel.state is ChannelState.CLOSING:
+            return
+        delivered, limit = _unpack(_CREDIT, frame)
+        limit = min(limit, delivered + self._limits.max_window_bytes)
+        if (
+            channel.state is not ChannelState.OPEN
+            or not channel.delivered <= delivered <= channel.scheduled
+            or limit < channel.send_limit
+        ):
+            self._break(channel, f"credit {delivered} to {limit} does not fit")
+            return
+        channel.delivered = delivered
+        channel.send_limit = limit
+        channel.largest_window = max(channel.largest_window, limit - delivered)
+        self._events.append(Granted(frame.channel, delivered, limit))
+
+    def _take_open(self, frame: Frame) -> None:
+        number = frame.channel
+        if number % 2 == self._parity or number <= self._peer_highest:
+            raise RemoteProtocolError(f"OPEN with channel number {number}")
+        priority, window, length = _unpack(_OPEN, frame)
+        raw = frame.payload[_OPEN.size : _OPEN.size + length]
+        payload = frame.payload[_OPEN.size + length :]
+        self._peer_highest = number
+        if priority > Priority.NORMAL or len(raw) < length:
+            raise RemoteProtocolError(f"OPEN of channel {number} is malformed")
+        if length > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
+            self._refuse(number, CloseCode.PROTOCOL, "target or payload is too long")
+        elif not self._room_for(0):
+            self._refuse(number, CloseCode.LIMIT, f"{len(self._channels)} channels are open")
+        else:
+            window = min(window, self._limits.max_window_bytes)
+            channel = Channel(
+                number, raw.decode("utf-8", "replace"), Priority(priority), ChannelState.OFFERED
+            )
+            channel.send_limit = channel.largest_window = window
+            self._channels[number] = channel
+            self._events.append(ChannelOpened(number, channel.target, channel.priority, window, payload))
+
+    def _take_accept(self, frame: Frame) -> None:
+        channel = self._known(frame)
+        if channel is None or channel.state is ChannelState.CLOSING:
+            return
+        if channel.state is not ChannelState.OPENING:
+            raise RemoteProtocolError(f"ACCEPT of channel {frame.channel}, which is {channel.state.value}")
+        (window,) = _unpack(_ACCEPT, frame)
+        window = min(window, self._limits.max_window_bytes)
+        channel.apply(ChannelInput.ACCEPTED)
+        channel.send_limit = channel.largest_window = window
+        self._events.append(ChannelAccepted(frame.channel, window, frame.payload[_ACCEPT.size :]))
+
+    def _take_close(self, frame: Frame) -> None:
+        channel = self._known(frame)
+        if channel is None:
+            return
+        (number,) = _unpack(_CLOSE, frame)
+        try:
+            code = CloseCode(number)
+        except ValueError:  # of a later version
+            code = CloseCode.INTERNAL
+        told = channel.state is ChannelState.CLOSING
+        channel.apply(ChannelInput.CLOSED)
+        self._drop_queue(channel)
+        del self._channels[frame.channel]
+        if not told:
+            reason = frame.payload[_CLOSE.size :].decode("utf-8", "replace")[:MAX_REASON]
+            self._events.append(Closed(frame.channel, code, reason, frame.type == FrameType.CANCEL))
+
+    # --- helpers ---
+
+    def _channel(self, number: int) -> Channel:
+        """The channel that an application names.
+
+        Raises:
+            ChannelClosed: it is gone.
+        """
+        channel = self._channels.get(number)
+        if channel is None or channel.state is ChannelState.CLOSING:
+            raise ChannelClosed(CloseCode.NORMAL, f"channel {number} is gone")
+        return channel
+
+    def _known(self, frame: Frame) -> Channel | None:
+        """The channel of a frame, None if it is gone already.
+
+        No list of tombstones is needed: numbers only rise, so a number that was given out and is not here is gone.
+        """
+        channel = self._channels.get(frame.channel)
+        if channel is not None:
+            if channel.state is ChannelState.QUEUED:
+                raise RemoteProtocolError(f"channel {frame.channel} was never opened")
+            return channel
+        ours = frame.channel % 2 == self._parity
+        if not frame.channel or frame.channel > (self._next_number - 2 if ours else self._peer_highest):
+            raise RemoteProtocolError(f"channel {frame.channel} was never opened")
+        return None
+
+    def _room_for(self, window: int, *, new: bool = True) -> bool:
+        """Whether the limits allow a further receive window, or a further channel."""
+        if new and len(self._channels) >= self._limits.channels:
+            return False
+        return sum(each.promised for each in self._channels.values()) + window <= self._limits.session_bytes
+
+    def _end(self, channel: Channel, code: CloseCode, reason: str) -> None:
+        channel.apply(ChannelInput.CLOSE)
+        if channel.state is ChannelState.GONE:
+            del self._channels[channel.number]
+            return
+        channel.close_code, channel.close_reason = code, reason[:MAX_REASON]
+
+    def _break(self, channel: Channel, reason: str) -> None:
+        """The peer broke a rule of this channel: end it on both sides."""
+        self.abort(channel.number, CloseCode.PROTOCOL, reason)
+        self._events.append(Closed(channel.number, CloseCode.PROTOCOL, reason, True))
+
+    def _refuse(self, number: int, code: CloseCode, reason: str) -> None:
+        if len(self._refusals) >= self._limits.channels:
+            raise RemoteProtocolError("too many channels opened beyond the limit")
+        self._refusals.append((number, code, reason))
+
+    def _drop_queue(self, channel: Channel) -> None:
+        self._queued_bytes -= sum(len(payload) for payload, _ in channel.queue)
+        channel.queue.clear()
+
+
+def _close_payload(code: CloseCode, reason: str) -> bytes:
+    return _CLOSE.pack(code) + reason.encode("utf-8", "replace")
+
+
+def _unpack(layout: struct.Struct, frame: Frame) -> tuple[int, ...]:
+    if len(frame.payload) < layout.size:
+        raise RemoteProtocolError(f"{FrameType(frame.type).name} is too short")
+    return layout.unpack_from(frame.payload)

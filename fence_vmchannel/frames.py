@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The codec: frames to bytes and bytes to frames, self-synchronising. `docs/protocol.md` is its specification.
+
+A frame is a header of 60 bytes, all big-endian, and a payload. The header's first part (`identity`: what a
+sequenced frame is, the same each time it is sent) stands apart from its second part (the link's: epoch,
+acknowledgement, tick), so that a frame that is sent again costs only the second.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final, NamedTuple
+from zlib import crc32
+
+MAGIC: Final = b"\xf5VMC"
+"""Begins every frame. 0xF5 occurs in no UTF-8 text."""
+
+HEADER_BYTES: Final = 60
+
+MAX_PAYLOAD: Final = 65_536
+"""Largest payload of one frame, in bytes. A header that announces more is damage."""
+
+MAX_FRAGMENT: Final = 32_768
+"""Largest payload of one DATA frame, in bytes: a guest's write to its port takes at most this at once."""
+
+FRAME_COST: Final = 64
+"""What a DATA frame takes from a window beyond its bytes, so that empty messages are bounded too."""
+
+MAX_BAD_HEADERS: Final = 1_000
+"""So many false headers without one good frame, and the decoder gives up: chance gives one per 4 GiB."""
+
+
+class FrameType(IntEnum):
+    """What a frame is. Values never change; below 32 unsequenced, from 32 sequenced (acknowledged, in order)."""
+
+    KNOCK = 1  # GUEST: challenge me
+    CHALLENGE = 2  # HOST: the nonce that this greeting must echo
+    HELLO = 3  # GUEST: who I am, what I have; layout frozen for ever
+    WELCOME = 4  # HOST: which session this is
+    ACK = 5  # acknowledgement and heartbeat
+    ERROR = 6  # I end this link, and why
+    OPEN = 32
+    ACCEPT = 33
+    DATA = 34
+    CREDIT = 35
+    CLOSE = 36  # behind the channel's data
+    CANCEL = 37  # before the channel's queued data, which is dropped
+
+
+class Flags(IntFlag):
+    """Flags of a frame; unknown ones are ignored."""
+
+    IGNORABLE = 1  # a receiver that does not know the type skips the frame
+    END = 2  # DATA: last fragment of its message
+
+
+FIRST_SEQUENCED: Final = 32
+END: Final = int(Flags.END)
+IGNORABLE: Final = int(Flags.IGNORABLE)
+
+_IDENTITY = struct.Struct(">BBHIIQI")  # version, type, flags, channel, length, sequence, payload CRC
+_LINK = struct.Struct(">QQIQ")  # epoch, ack, ack check, tick
+_CRC = struct.Struct(">I")
+_HEADER = struct.Struct(">4sBBHIIQIQQIQI")
+IDENTITY_BYTES: Final = _IDENTITY.size
+_CRC_AT = HEADER_BYTES - _CRC.size
+
+
+class Frame(NamedTuple):
+    """One frame. `identity` is its header's bytes 4 to 27, over which the running checksum goes."""
+
+    version: int
+    type: int  # an int, not a FrameType: later versions have more
+    flags: int
+    channel: int
+    sequence: int  # 0: unsequenced
+    epoch: int  # the nonce of the greeting; 0 in KNOCK and CHALLENGE
+    ack: int  # last sequence received in order
+    ack_check: int  # running checksum at `ack`
+    tick: int  # HOST: its clock, ms; GUEST: the last one seen
+    payload: bytes
+    identity: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes that were no frame and have been skipped."""
+
+    skipped_bytes: int
+
+
+def pack_identity(version: int, kind: int, flags: int, channel: int, sequence: int, payload: bytes) -> bytes:
+    """The part of a header that says what the frame is (24 bytes)."""
+    return _IDENTITY.pack(version, kind, flags, channel, len(payload), sequence, crc32(payload))
+
+
+def pack_header(identity: bytes, epoch: int, ack: int, ack_check: int, tick: int) -> bytes:
+    """A whole header: send it, then the payload that `identity` was made from."""
+    head = MAGIC + identity + _LINK.pack(epoch, ack, ack_check, tick)
+    return head + _CRC.pack(crc32(head))
+
+
+def encode_frame(
+    kind: int,
+    payload: bytes = b"",
+    *,
+    version: int = 1,
+    flags: int = 0,
+    channel: int = 0,
+    sequence: int = 0,
+    epoch: int = 0,
+    ack: int = 0,
+    ack_check: int = 0,
+    tick: int = 0,
+) -> bytes:
+    """The bytes of one frame."""
+    identity = pack_identity(version, kind, flags, channel, sequence, payload)
+    return pack_header(identity, epoch, ack, ack_check, tick) + payload
+
+
+def payload_length(identity: bytes) -> int:
+    """The payload's length that an identity states, in bytes."""
+    length: int = _IDENTITY.unpack(identity)[4]
+    return length
+
+
+class FrameDecoder:
+    """Cut a byte stream into frames; skip what is none, and say so.
+
+    It starts anywhere, keeps less than one maximum frame between calls, and looks at no byte more than a few times.
+
+    Attributes:
+        hopeless: true once MAX_BAD_HEADERS false headers came in a row; then everything is skipped.
+    """
+
+    def __init__(self) -> None:
+        self.hopeless = False
+        self._buffer = bytearray()
+        self._need = HEADER_BYTES  # length at which it is worth looking at the buffer again
+        self._bad_headers = 0
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame | Damage]:
+        """Take received bytes; return each frame that is now whole, and each damage, in order."""
+        if self.hopeless:
+            return [Damage(len(data))] if data else []
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            if len(buffer) < self._need:
+                return []
+            items: list[Frame | Damage] = []
+            del buffer[: self._parse(buffer, items)]
+            return items
+        source = data if isinstance(data, bytes) else bytes(data)
+        items = []
+        used = self._parse(source, items)
+        if used < len(source):
+            buffer += source[used:] if used else source
+        return items
+
+    def _parse(self, source: bytes | bytearray, items: list[Frame | Damage]) -> int:
+        """Append what `source` holds to `items`; returns how many bytes are done with."""
+        at = 0
+        with memoryview(source) as view:
+            while True:
+                start = self._find_magic(source, at)
+                if start > at:
+                    _add_damage(items, start - at)
+                    at = start
+                if len(source) - at < HEADER_BYTES:
+                    self._need = HEADER_BYTES
+                    return at
+                length = self._check_header(view, at)
+                if length < 0:  # not a header: go on behind its first byte
+                    _add_damage(items, 1)
+                    at += 1
+                    if self.hopeless:
+                        _add_damage(items, len(source) - at)
+                        return len(source)
+                    continue
+                end = at + HEADER_BYTES + length
+                if end > len(source):
+                    self._need = end - at
+                    return at
+                frame = _read_frame(view, at, end)
+                if frame is None:
+                    # The header vouches for the length: skip the whole frame. Looking for frames inside a damaged
+                    # payload would let a sender make us checksum the same bytes a thousand times.
+                    _add_damage(items, end - at)
+                else:
+                    self._bad_headers = 0
+                    items.append(frame)
+                at = end
+
+    def _check_header(self, view: memoryview, at: int) -> int:
+        """The payload length that the header at `at` states, or -1 if it is no header."""
+        (length,) = _CRC.unpack_from(view, at + 12)
+        (crc,) = _CRC.unpack_from(view, at + _CRC_AT)
+        if length <= MAX_PAYLOAD and crc32(view[at : at + _CRC_AT]) == crc:
+            return int(length)
+        self._bad_headers += 1
+        self.hopeless = self._bad_headers >= MAX_BAD_HEADERS
+        return -1
+
+    @staticmethod
+    def _find_magic(source: bytes | bytearray, at: int) -> int:
+        """Where the next magic begins, or what could become one at the very end, or the end."""
+        if source.startswith(MAGIC, at):
+            return at
+        found = source.find(MAGIC, at)
+        if found >= 0:
+            return found
+        for size in range(min(len(MAGIC) - 1, len(source) - at), 0, -1):
+            if source.endswith(MAGIC[:size]):
+                return len(source) - size
+        return len(source)
+
+
+def _read_frame(view: memoryview, at: int, end: int) -> Frame | None:
+    (
+        _magic,
+        version,
+        kind,
+        flags,
+        channel,
+        _length,
+        sequence,
+        payload_crc,
+        epoch,
+        ack,
+        ack_check,
+        tick,
+        _crc,
+    ) = _HEADER.unpack_from(view, at)
+    payload = bytes(view[at + HEADER_BYTES : end])
+    if crc32(payload) != payload_crc:
+        return None
+    identity = bytes(view[at + 4 : at + 4 + IDENTITY_BYTES])
+    return Frame(version, kind, flags, channel, sequence, epoch, ack, ack_check, tick, payload, identity)
+
+
+def _add_damage(items: list[Frame | Damage], count: int) -> None:
+    """Add damage, joined with damage just before it."""
+    if not count:
+        return
+    last = items[-1] if items else None
+    if isinstance(last, Damage):
+        items[-1] = Damage(last.skipped_bytes + count)
+    else:
+        items.append(Damage(count))
+
+
+def frames_only(items: list[Frame | Damage]) -> Iterator[Frame]:
+    """The frames among what a decoder gave."""
+    return (item for item in items if isinstance(item, Frame))
