@@ -12,6 +12,7 @@ from typing import Final
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
 from fence_vmchannel.events import Priority
 from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT, FrameType
+from fence_vmchannel.saved import SavedChannel, SavedFragment
 
 
 class ChannelState(Enum):
@@ -63,11 +64,15 @@ CHANNEL_TRANSITIONS: Final[Mapping[tuple[ChannelState, ChannelInput], ChannelSta
 )
 
 QUANTUM: Final = MAX_FRAGMENT + FRAME_COST
-"""What a channel may send in one round, cost units: the largest frame, so that one round is always enough for one."""
+"""What a channel may send in one round, cost units: the largest frame, so that each round serves one."""
+
+MAX_OFFSET: Final = 2**62
+"""No window, limit or offset is larger: 4 EiB are never sent."""
 
 
 def message_cost(size: int) -> int:
-    """What a message of `size` bytes takes from a window when sent in one call: bytes plus FRAME_COST a frame."""
+    """What a message of `size` bytes, sent in one call, takes from a window: bytes plus FRAME_COST a
+    frame."""
     return size + FRAME_COST * (-(-size // MAX_FRAGMENT) or 1)
 
 
@@ -129,7 +134,7 @@ class Channel:
         """Move to the next state.
 
         Raises:
-            LocalProtocolError: the table has no such transition. Callers check what comes from the peer before.
+            LocalProtocolError: the table has no such transition. What the peer sends is checked before.
         """
         following = CHANNEL_TRANSITIONS.get((self.state, what))
         if following is None:
@@ -157,9 +162,59 @@ class Channel:
             return FrameType.DATA, flags, payload
         return FrameType.CLOSE, 0, b""
 
+    def save(self) -> SavedChannel:
+        """All of it, for another process to go on with."""
+        return SavedChannel(
+            number=self.number,
+            target=self.target,
+            priority=self.priority,
+            state=self.state.value,
+            open_payload=self.open_payload,
+            accept_payload=self.accept_payload,
+            window=self.window,
+            sent=self.sent,
+            scheduled=self.scheduled,
+            delivered=self.delivered,
+            send_limit=self.send_limit,
+            largest_window=self.largest_window,
+            received=self.received,
+            consumed=self.consumed,
+            receive_limit=self.receive_limit,
+            queue=tuple(SavedFragment(payload, flags) for payload, flags in self.queue),
+            close_code=self.close_code,
+            close_reason=self.close_reason,
+        )
+
+    @classmethod
+    def load(cls, saved: SavedChannel) -> Channel:
+        """What `save` gave, again.
+
+        Raises:
+            ValueError: a value that no channel has.
+        """
+        channel = cls(saved.number, saved.target, Priority(saved.priority), ChannelState(saved.state))
+        channel.open_payload, channel.accept_payload = saved.open_payload, saved.accept_payload
+        channel.window, channel.largest_window = saved.window, saved.largest_window
+        channel.sent, channel.scheduled, channel.delivered = saved.sent, saved.scheduled, saved.delivered
+        channel.send_limit = saved.send_limit
+        channel.received, channel.consumed = saved.received, saved.consumed
+        channel.receive_limit = saved.receive_limit
+        channel.queue.extend((fragment.payload, fragment.flags) for fragment in saved.queue)
+        if saved.close_code is not None:
+            channel.close_code = CloseCode(saved.close_code)
+        channel.close_reason = saved.close_reason
+        queued = sum(message_cost(len(fragment.payload)) for fragment in saved.queue)
+        if not 0 <= saved.delivered <= saved.scheduled <= saved.sent <= saved.send_limit <= MAX_OFFSET:
+            raise ValueError(f"channel {saved.number}: what was sent is out of order")
+        if not 0 <= saved.consumed <= saved.received <= saved.receive_limit <= MAX_OFFSET:
+            raise ValueError(f"channel {saved.number}: what was received is out of order")
+        if channel.state is ChannelState.GONE or (queued and saved.scheduled + queued != saved.sent):
+            raise ValueError(f"channel {saved.number}: its queue does not fit its state")
+        return channel
+
 
 class RoundRobin:
-    """Deficit round robin among the channels of one priority: each gets the same bytes, not the same frames."""
+    """Deficit round robin among channels of one priority: each gets the same bytes, not the same frames."""
 
     def __init__(self) -> None:
         self._ring: deque[Channel] = deque()

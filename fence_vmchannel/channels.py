@@ -11,6 +11,7 @@ from collections import deque
 from typing import Final
 
 from fence_vmchannel.channel_state import (
+    MAX_OFFSET,
     Channel,
     ChannelInput,
     ChannelState,
@@ -39,9 +40,10 @@ from fence_vmchannel.events import (
     Role,
 )
 from fence_vmchannel.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.saved import SavedChannels, SavedControl, SavedRefusal
 
 BULK_IN_FLIGHT: Final = 262_144
-"""Bytes of frames unacknowledged on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
+"""Unacknowledged bytes on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
 
 FENCING_IN_FLIGHT: Final = BULK_IN_FLIGHT + 65_536
 """The same for data of FENCING and CONTROL channels: a reserve that bulk cannot take."""
@@ -90,8 +92,8 @@ class Multiplexer:
 
     def open(self, target: str, window: int | None, priority: Priority, payload: bytes) -> int:
         """See `Connection.open`."""
-        window = self._limits.window_bytes if window is None else window
-        if len(target.encode()) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
+        window = self._window(window)
+        if len(_encode(target)) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
         if not self._room_for(window) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
@@ -106,7 +108,7 @@ class Multiplexer:
     def accept(self, number: int, window: int | None, payload: bytes) -> None:
         """See `Connection.accept`."""
         channel = self._channel(number)
-        window = self._limits.window_bytes if window is None else window
+        window = self._window(window)
         if len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"payload over {MAX_FRAGMENT} bytes")
         if channel.state is ChannelState.OFFERED and not self._room_for(window, new=False):
@@ -156,8 +158,10 @@ class Multiplexer:
         channel = self._channels.get(number)
         if channel is None or channel.state is not ChannelState.OPEN:
             return
-        if delivered > channel.received:
-            raise LocalProtocolError(f"channel {number}: {delivered} delivered, only {channel.received} came")
+        if delivered > channel.received or limit > MAX_OFFSET:
+            raise LocalProtocolError(
+                f"channel {number}: {delivered} delivered, limit {limit}, {channel.received} came"
+            )
         if delivered <= channel.consumed and limit <= channel.receive_limit:
             return
         channel.consumed = max(delivered, channel.consumed)
@@ -171,12 +175,8 @@ class Multiplexer:
         channel = self._channels.get(number)
         if channel is None or channel.state is ChannelState.CLOSING:
             return
-        self._end(channel, code, reason)
-        if channel.state is ChannelState.CLOSING:
-            if channel.queue:
-                self._rings[channel.priority].add(channel)
-            else:  # as control: behind an ACCEPT, before other channels' data
-                self._control.append((FrameType.CLOSE, number))
+        if self._end(channel, code, reason) and not channel.queue:
+            self._control.append((FrameType.CLOSE, number))  # as control: behind an ACCEPT, before data
 
     def abort(self, number: int, code: CloseCode, reason: str) -> None:
         """See `Connection.abort`."""
@@ -184,15 +184,13 @@ class Multiplexer:
         if channel is None or (channel.state is ChannelState.CLOSING and not channel.queue):
             return
         self._drop_queue(channel)
-        if channel.state is not ChannelState.CLOSING:
-            self._end(channel, code, reason)
-        if channel.state is ChannelState.CLOSING:
+        if channel.state is ChannelState.CLOSING or self._end(channel, code, reason):
             self._control.append((FrameType.CANCEL, number))
 
     # --- the session's side: sending ---
 
     def next_frame(self, in_flight: int) -> Outgoing | None:
-        """The next frame to send, by priority; None if there is none, or `in_flight` bytes are too many for it."""
+        """The next frame to send, by priority; None: none waits, or `in_flight` bytes are too many."""
         if in_flight >= CONTROL_IN_FLIGHT:
             return None
         if self._control or self._refusals:
@@ -214,7 +212,8 @@ class Multiplexer:
             del self._channels[number]
 
     def reset(self) -> dict[int, int]:
-        """The session ends: forget its channels. Returns what each had sent that was not confirmed, cost units."""
+        """The session ends: forget its channels. Returns what each sent that was not confirmed, cost
+        units."""
         lost: dict[int, int] = {}
         survivors: dict[int, Channel] = {}
         for number, channel in self._channels.items():
@@ -250,7 +249,7 @@ class Multiplexer:
         match kind:
             case FrameType.OPEN:
                 channel.apply(ChannelInput.OPEN_SENT)
-                target = channel.target.encode()
+                target = _encode(channel.target)
                 payload, channel.open_payload = channel.open_payload, b""
                 return _OPEN.pack(channel.priority, channel.window, len(target)) + target + payload
             case FrameType.ACCEPT:
@@ -386,6 +385,42 @@ class Multiplexer:
             reason = frame.payload[_CLOSE.size :].decode("utf-8", "replace")[:MAX_REASON]
             self._events.append(Closed(frame.channel, code, reason, frame.type == FrameType.CANCEL))
 
+    # --- hand-over ---
+
+    def save(self) -> SavedChannels:
+        """All of it, for another process to go on with."""
+        return SavedChannels(
+            next_number=self._next_number,
+            peer_highest=self._peer_highest,
+            channels=tuple(channel.save() for channel in self._channels.values()),
+            control=tuple(SavedControl(kind, number) for kind, number in self._control),
+            refusals=tuple(SavedRefusal(*refusal) for refusal in self._refusals),
+        )
+
+    def load(self, saved: SavedChannels) -> None:
+        """Take over what `save` gave; only right after construction.
+
+        Raises:
+            ValueError: values that no `save` gives.
+        """
+        if saved.next_number % 2 != self._parity or not 0 < saved.next_number <= MAX_CHANNEL + 2:
+            raise ValueError("channel numbers of the other role")
+        self._next_number, self._peer_highest = saved.next_number, saved.peer_highest
+        for each in saved.channels:
+            highest = saved.next_number - 1 if each.number % 2 == self._parity else saved.peer_highest
+            if each.number in self._channels or not 0 < each.number <= highest:
+                raise ValueError(f"channel number {each.number}")
+            channel = self._channels[each.number] = Channel.load(each)
+            self._queued_bytes += sum(len(payload) for payload, _ in channel.queue)
+            if channel.wants_to_send():
+                self._rings[channel.priority].add(channel)
+        for entry in saved.control:
+            self._control.append((FrameType(entry.kind), entry.channel))
+            if entry.kind == FrameType.CREDIT and entry.channel in self._channels:
+                self._channels[entry.channel].credit_due = True
+        for refusal in saved.refusals:
+            self._refusals.append((refusal.channel, CloseCode(refusal.code), refusal.reason))
+
     # --- helpers ---
 
     def _channel(self, number: int) -> Channel:
@@ -402,7 +437,8 @@ class Multiplexer:
     def _known(self, frame: Frame) -> Channel | None:
         """The channel of a frame, None if it is gone already.
 
-        No list of tombstones is needed: numbers only rise, so a number that was given out and is not here is gone.
+        No list of tombstones is needed: numbers only rise, so a number that was given out and is not here is
+        gone.
         """
         channel = self._channels.get(frame.channel)
         if channel is not None:
@@ -414,18 +450,27 @@ class Multiplexer:
             raise RemoteProtocolError(f"channel {frame.channel} was never opened")
         return None
 
+    def _window(self, window: int | None) -> int:
+        """The window that an application asks for, or the default."""
+        window = self._limits.window_bytes if window is None else window
+        if not 0 <= window <= MAX_OFFSET:
+            raise LocalProtocolError(f"window {window}")
+        return window
+
     def _room_for(self, window: int, *, new: bool = True) -> bool:
         """Whether the limits allow a further receive window, or a further channel."""
         if new and len(self._channels) >= self._limits.channels:
             return False
         return sum(each.promised for each in self._channels.values()) + window <= self._limits.session_bytes
 
-    def _end(self, channel: Channel, code: CloseCode, reason: str) -> None:
+    def _end(self, channel: Channel, code: CloseCode, reason: str) -> bool:
+        """Our side ends a channel; False if nobody else knows of it, so that nothing is to be sent."""
         channel.apply(ChannelInput.CLOSE)
         if channel.state is ChannelState.GONE:
             del self._channels[channel.number]
-            return
+            return False
         channel.close_code, channel.close_reason = code, reason[:MAX_REASON]
+        return True
 
     def _break(self, channel: Channel, reason: str) -> None:
         """The peer broke a rule of this channel: end it on both sides."""
@@ -443,7 +488,11 @@ class Multiplexer:
 
 
 def _close_payload(code: CloseCode, reason: str) -> bytes:
-    return _CLOSE.pack(code) + reason.encode("utf-8", "replace")
+    return _CLOSE.pack(code) + _encode(reason)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
 def _unpack(layout: struct.Struct, frame: Frame) -> tuple[int, ...]:

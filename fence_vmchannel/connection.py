@@ -2,8 +2,9 @@
 """One peer's reliable conversation over successive links: greeting, session, channels behind one object.
 
 No I/O: a shell gives it received bytes and the time, sends what `data_to_send` returns, calls `handle_time`
-at `next_deadline`, and acts on `events`. The shape of every shell: feed, handle events, transmit, arm one timer.
-`now` is always seconds on one monotonic clock (CLOCK_BOOTTIME where deadlines must survive suspension).
+at `next_deadline`, and acts on `events`. The shape of every shell: feed, handle events, transmit, arm one
+timer. `now` is always seconds on one monotonic clock (CLOCK_BOOTTIME where deadlines must survive
+suspension).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Connection:
     # --- the link ---
 
     def link_up(self, now: float) -> None:
-        """A byte connection to the peer is there (an earlier one is gone). Its greeting starts; `Opened` follows.
+        """A byte connection to the peer is there (an earlier one is gone). Its greeting starts; `Opened`
+        follows.
 
         Raises:
             LocalProtocolError: the session has been exported.
@@ -85,7 +87,8 @@ class Connection:
         self._session.link_up(now)
 
     def link_down(self, now: float) -> None:
-        """The byte connection is gone. The session stays; `Unlinked` follows if it was open. May be called twice."""
+        """The byte connection is gone. The session stays; `Unlinked` follows if it was open. Twice is
+        harmless."""
         self._session.link_down(now)
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
@@ -96,7 +99,8 @@ class Connection:
         """The next bytes for the link, b"" if there is nothing to send now.
 
         At most `max_bytes` (at least one frame if any waits). The caller must write all of it before it asks
-        again, or call `link_down`. Ask again until b"" comes, after each receive, send, grant, close and handle_time.
+        again, or call `link_down`. Ask again until b"" comes, after each receive, send, grant, close and
+        handle_time.
         """
         return self._session.data_to_send(now, max_bytes)
 
@@ -169,8 +173,8 @@ class Connection:
         Args:
             target: name of the service, at most 1,024 bytes of UTF-8.
             window: what our consumer takes before it grants more, cost units; None: `Limits.window_bytes`.
-            priority: FENCING and CONTROL go before all NORMAL channels; who may ask for them is the caller's rule.
-            payload: goes to the acceptor with the request; at most 32,768 bytes.
+            priority: FENCING and CONTROL go before all NORMAL channels; who may ask for them is the caller's
+            rule. payload: goes to the acceptor with the request; at most 32,768 bytes.
 
         Raises:
             ServiceRefused: a limit of ours is reached (code LIMIT).
@@ -201,7 +205,8 @@ class Connection:
         self._channels.send(channel, data, end)
 
     def credit(self, channel: int) -> int:
-        """The largest `data`, in bytes, that `send` takes now; 0 also when the channel is gone or not accepted."""
+        """The largest `data`, in bytes, that `send` takes now; 0 also when the channel is gone or not
+        accepted."""
         return self._channels.credit(channel)
 
     def max_message(self, channel: int) -> int:
@@ -209,7 +214,8 @@ class Connection:
         return self._channels.max_message(channel)
 
     def grant(self, channel: int, delivered: int, limit: int) -> None:
-        """Our consumer took all up to offset `delivered`; it may be sent up to `limit` (absolute, cost units).
+        """Our consumer took all up to offset `delivered`; it may be sent up to `limit` (absolute, cost
+        units).
 
         Numbers below those of an earlier call have no effect; a channel that is gone is ignored.
 
@@ -232,11 +238,12 @@ class Connection:
         """The whole session, for `import_state` of another process or host. This object is dead afterwards.
 
         Raises:
-            LocalProtocolError: events are waiting: handle `events` first, or their data would be lost.
+            LocalProtocolError: events are waiting (handle `events` first, or their data would be lost), the
+                session holds too much (`saved.MAX_STATE_BYTES`), or it has been exported already.
         """
         if self._events:
             raise LocalProtocolError("events are waiting")
-        return saved.export_state(self._session, self._channels)
+        return saved.pack(self._session.save())
 
     @classmethod
     def import_state(
@@ -254,5 +261,5 @@ class Connection:
             RemoteProtocolError: `state` is damaged, of another format version, or of another role.
         """
         connection = cls(role, identity, random_bytes=random_bytes, limits=limits)
-        saved.import_state(state, connection._session, connection._channels)
+        connection._session.load(saved.unpack(state))
         return connection

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a `Connection` tells its shell: one frozen dataclass for each thing that can happen.
 
-Offsets and windows are in cost units: each DATA frame costs its bytes plus `FRAME_COST`, so that a flood of empty
-messages is bounded like any other. Whoever consumes `Data` adds up `Data.cost` and passes the sum to
-`Connection.grant`; a hub that forwards fragment by fragment passes `Granted` on unchanged, because a forwarded
-fragment costs the same on each hop.
+Offsets and windows are in cost units: each DATA frame costs its bytes plus `FRAME_COST`, so that a flood of
+empty messages is bounded like any other. Whoever consumes `Data` adds up `Data.cost` and passes the sum to
+`Connection.grant`; a hub that forwards fragment by fragment passes `Granted` on unchanged, because a
+forwarded fragment costs the same on each hop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PeerIdentity:
-    """What one side says of itself in the greeting. Untrusted words: good for logs and for comparing, not for rights."""
+    """What one side says of itself in the greeting. Untrusted words: for logs and comparing, not for
+    rights."""
 
     boot_id: (
         str  # the kernel's boot id (an application: of its process); a different one is a different session
@@ -63,8 +64,8 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Unlinked:
-    """The peer cannot be reached now (link down, or silent); the session and its channels wait. Follows each `Opened`
-    at most once, and comes before the next one unless a `Reset` does."""
+    """The peer cannot be reached now (link down, or silent); the session and its channels wait. Follows each
+    `Opened` at most once, and comes before the next one unless a `Reset` does."""
 
     reason: str
 
@@ -83,8 +84,8 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class LinkRefused:
-    """The peer on this link cannot be talked to (no common version, garbage, protocol broken). The shell sends what
-    `data_to_send` still gives (the ERROR frame), closes the link and calls `link_down`."""
+    """The peer on this link cannot be talked to (no common version, garbage, protocol broken). The shell
+    sends what `data_to_send` still gives (the ERROR frame), closes the link and calls `link_down`."""
 
     reason: str
 
@@ -121,7 +122,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The peer's consumer took everything up to offset `delivered`, and may be sent up to `limit` (cost units)."""
+    """The peer's consumer took all up to offset `delivered`, and may be sent up to `limit` (cost units)."""
 
     channel: int
     delivered: int

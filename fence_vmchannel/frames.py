@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The codec: frames to bytes and bytes to frames, self-synchronising. `docs/protocol.md` is its specification.
+"""The codec: frames to bytes and bytes to frames, self-synchronising. `docs/protocol.md` is its
+specification.
 
 A frame is a header of 60 bytes, all big-endian, and a payload. The header's first part (`identity`: what a
 sequenced frame is, the same each time it is sent) stands apart from its second part (the link's: epoch,
@@ -34,7 +35,8 @@ MAX_BAD_HEADERS: Final = 1_000
 
 
 class FrameType(IntEnum):
-    """What a frame is. Values never change; below 32 unsequenced, from 32 sequenced (acknowledged, in order)."""
+    """What a frame is. Values never change; below 32 unsequenced, from 32 sequenced (acknowledged, in
+    order)."""
 
     KNOCK = 1  # GUEST: challenge me
     CHALLENGE = 2  # HOST: the nonce that this greeting must echo
@@ -121,16 +123,23 @@ def encode_frame(
     return pack_header(identity, epoch, ack, ack_check, tick) + payload
 
 
-def payload_length(identity: bytes) -> int:
-    """The payload's length that an identity states, in bytes."""
-    length: int = _IDENTITY.unpack(identity)[4]
-    return length
+def unpack_identity(identity: bytes) -> tuple[int, int, int, int, int, int, int]:
+    """Version, type, flags, channel, payload length, sequence, payload CRC.
+
+    Raises:
+        ValueError: it has not IDENTITY_BYTES.
+    """
+    if len(identity) != IDENTITY_BYTES:
+        raise ValueError(f"an identity of {len(identity)} bytes")
+    version, kind, flags, channel, length, sequence, crc = _IDENTITY.unpack(identity)
+    return version, kind, flags, channel, length, sequence, crc
 
 
 class FrameDecoder:
     """Cut a byte stream into frames; skip what is none, and say so.
 
-    It starts anywhere, keeps less than one maximum frame between calls, and looks at no byte more than a few times.
+    It starts anywhere, keeps less than one maximum frame between calls, and looks at no byte more than a few
+    times.
 
     Attributes:
         hopeless: true once MAX_BAD_HEADERS false headers came in a row; then everything is skipped.
@@ -187,8 +196,8 @@ class FrameDecoder:
                     return at
                 frame = _read_frame(view, at, end)
                 if frame is None:
-                    # The header vouches for the length: skip the whole frame. Looking for frames inside a damaged
-                    # payload would let a sender make us checksum the same bytes a thousand times.
+                    # The header vouches for the length: skip the whole frame. Looking for frames inside a
+                    # damaged payload would let a sender make us checksum the same bytes a thousand times.
                     _add_damage(items, end - at)
                 else:
                     self._bad_headers = 0

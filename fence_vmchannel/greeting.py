@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The payloads of the greeting (CHALLENGE, HELLO, WELCOME) and of ACK and ERROR. HELLO's layout is frozen for ever.
+"""The payloads of the greeting (CHALLENGE, HELLO, WELCOME) and of ACK and ERROR. HELLO's layout is frozen for
+ever.
 
-Each begins with a fixed part; a receiver ignores what follows the fields it knows, so that a later version can add.
+Each begins with a fixed part; a receiver ignores what follows the fields it knows, so that a later version
+can add.
 """
 
 from __future__ import annotations
@@ -167,7 +169,8 @@ def decode_end(payload: bytes) -> tuple[int, str]:
 
 
 def encode_progress(sent: int, check: int) -> bytes:
-    """The payload of ACK: the last sequence that was sent on this link before it, and the running checksum there."""
+    """The payload of ACK: the last sequence that was sent on this link before it, and the running checksum
+    there."""
     return _PROGRESS.pack(sent, check)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The two ends of reliable delivery: what we sent and may have to send again, and what we have received.
 
-Each sequenced frame extends a running CRC-32 over the frames' identities. Both sides state it with their numbers, so
-that equal numbers with other frames behind them (a guest restored from a snapshot) are noticed.
+Each sequenced frame extends a running CRC-32 over the frames' identities. Both sides state it with their
+numbers, so that equal numbers with other frames behind them (a guest restored from a snapshot) are noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from zlib import crc32
 
-from fence_vmchannel.frames import HEADER_BYTES, Frame, FrameType, pack_identity
+from fence_vmchannel.frames import HEADER_BYTES, Frame, FrameType, pack_identity, unpack_identity
 
 
 class Sent(NamedTuple):
@@ -32,9 +32,9 @@ class Outbox:
     `transmitted` of them have gone out on the present link; the rest waits for it.
     """
 
-    def __init__(self) -> None:
-        self.acknowledged = 0
-        self.acknowledged_check = 0
+    def __init__(self, acknowledged: int = 0, check: int = 0) -> None:
+        self.acknowledged = acknowledged
+        self.acknowledged_check = check
         self.in_flight = 0  # bytes of all frames held here
         self._frames: deque[Sent] = deque()
         self._transmitted = 0  # how many of `_frames` have gone out on this link
@@ -71,6 +71,20 @@ class Outbox:
         self._frames.append(sent)
         self.in_flight += HEADER_BYTES + len(payload)
         return sent
+
+    def load(self, identity: bytes, payload: bytes) -> None:
+        """Add a frame that another process sent and saw no acknowledgement of.
+
+        Raises:
+            ValueError: it is not the next one, or its payload is not that of its identity.
+        """
+        version, kind, flags, channel, _length, sequence, _crc = unpack_identity(identity)
+        if (
+            sequence != self.sent + 1
+            or pack_identity(version, kind, flags, channel, sequence, payload) != identity
+        ):
+            raise ValueError(f"frame {sequence} does not follow {self.sent}, or is damaged")
+        self.add(version, kind, flags, channel, payload)
 
     def next(self) -> Sent | None:
         """The next frame for this link; None if all have gone out."""

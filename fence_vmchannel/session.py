@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The session: one reliable conversation with a peer over successive links. Greeting, acknowledgement, resumption.
+"""The session: one reliable conversation with a peer over successive links. Greeting, acknowledgement,
+resumption.
 
-One recovery for everything: whatever does not fit (a gap, a number going back, damage, a stall) leads to a new
-greeting on the same link, which states both sides' numbers; frames that are missing are sent again, and numbers that
-cannot be reconciled reset the session, told to both sides. `docs/protocol.md` describes it.
+One recovery for everything: whatever does not fit (a gap, a number going back, damage, a stall) leads to a
+new greeting on the same link, which states both sides' numbers; frames that are missing are sent again, and
+numbers that cannot be reconciled reset the session, told to both sides. `docs/protocol.md` describes it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from fence_vmchannel.greeting import (
     encode_welcome,
 )
 from fence_vmchannel.reliability import Inbox, Outbox
+from fence_vmchannel.saved import SavedFrame, SavedSession
 from fence_vmchannel.session_state import SessionInput, SessionState, next_state
 from fence_vmchannel.timers import ACK_AFTER_BYTES, GreetingPace, Timers
 
@@ -174,6 +176,54 @@ class Session:
         if timers.due(timers.heartbeat_at, now) or timers.due(timers.probe_at, now):
             timers.probed(now)
             self._ack_due = True
+
+    # --- hand-over ---
+
+    def save(self) -> SavedSession:
+        """End the link and give away the whole session, with its channels. This object is dead afterwards."""
+        self.link_down(0.0)
+        self._events.clear()
+        self._move(SessionInput.EXPORT)
+        return SavedSession(
+            role=self.role.value,
+            session_id=self.session_id,
+            version=self.version,
+            features=self.features,
+            peer_boot_id=self.peer.boot_id if self.peer else None,
+            peer_software=self.peer.software if self.peer else None,
+            tick=self.tick,
+            proposed_id=self.proposed_id,
+            proposed_version=self._proposed_version,
+            acknowledged=self.outbox.acknowledged,
+            acknowledged_check=self.outbox.acknowledged_check,
+            received=self.inbox.received,
+            received_check=self.inbox.check,
+            channels=self._channels.save(),
+            frames=tuple(SavedFrame(frame.identity, frame.payload) for frame in self.outbox.frames()),
+        )
+
+    def load(self, saved: SavedSession) -> None:
+        """Take over what `save` gave; only right after construction.
+
+        Raises:
+            RemoteProtocolError: values that no `save` gives, or of the other role.
+        """
+        ids_fit = len(saved.session_id) == len(saved.proposed_id) == len(NO_SESSION)
+        if saved.role != self.role.value or saved.version not in VERSIONS or not ids_fit:
+            raise RemoteProtocolError("a saved session of another role or version")
+        self.session_id, self.proposed_id = saved.session_id, saved.proposed_id
+        self.version, self._proposed_version = saved.version, saved.proposed_version
+        self.features, self.tick = saved.features & FEATURES, saved.tick
+        if saved.peer_boot_id is not None:
+            self.peer = PeerIdentity(saved.peer_boot_id, saved.peer_software or "")
+        try:
+            self.outbox = Outbox(saved.acknowledged, saved.acknowledged_check)
+            self.inbox = Inbox(saved.received, saved.received_check)
+            for frame in saved.frames:
+                self.outbox.load(frame.identity, frame.payload)
+            self._channels.load(saved.channels)
+        except ValueError as error:
+            raise RemoteProtocolError(f"a saved session that does not fit: {error}") from error
 
     # --- frames of the epoch ---
 
@@ -316,7 +366,8 @@ class Session:
         self._greeting_due = True
 
     def _greeted(self, frame: Frame, now: float) -> None:
-        """HOST: a HELLO of this link. Decide whether the session goes on; nothing is changed until it is confirmed."""
+        """HOST: a HELLO of this link. Decide whether the session goes on; nothing is changed until it is
+        confirmed."""
         hello = decode_hello(frame.payload)
         version = max((each for each in VERSIONS if each in hello.versions), default=0)
         if not version:
@@ -447,7 +498,8 @@ class Session:
         self._timers.greet_at = now + self._pace.patience() if self._greeting_due else at
 
     def _greeting_overdue(self, now: float) -> None:
-        """The frame of the greeting is to be sent again; or it was never answered, and the greeting begins anew."""
+        """The frame of the greeting is to be sent again; or it was never answered, and the greeting begins
+        anew."""
         if self.state in (SessionState.ANSWERED, SessionState.WELCOMING):
             self._anomaly("greeting not finished", now)
         else:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The states of a session's link, for both roles, as tables. `session.py` is the only module that moves them."""
+"""The states of a session's link, for both roles, as tables. `session.py` is the only module that moves
+them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class Timers:
     PROBE_S: Final = 1.0
     """After so long without an acknowledgement an ACK says what was sent, so that a lost tail shows."""
     STALL_S: Final = 5.0
-    """After so long without an acknowledgement the greeting begins anew; doubled each time, at most MAX_STALL_S."""
+    """After so long without an acknowledgement the greeting begins anew; doubled each time, at most
+    MAX_STALL_S."""
     MAX_STALL_S: Final = 60.0
 
     def __init__(self) -> None:
@@ -105,7 +106,8 @@ class GreetingPace:
     PER_SECOND: Final = 2.0
     FIRST_PATIENCE_S: Final = 1.0
     MAX_PATIENCE_S: Final[Mapping[Role, float]] = MappingProxyType({Role.HOST: 16.0, Role.GUEST: 4.0})
-    """A guest that is up knocks, so the host need not hurry; what it writes to a closed port piles up there."""
+    """A guest that is up knocks, so the host need not hurry; what it writes to a closed port piles up
+    there."""
     REPEAT_S: Final = 0.25
     """A CHALLENGE is repeated for a further KNOCK at most this often."""
 
