@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ class JournalRig:
         )
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[Journal]:
+    async def opened(self) -> AsyncGenerator[Journal]:
         journal = await self.open()
         try:
             yield journal
