@@ -73,8 +73,12 @@ def decode(cls: type[_T], data: bytes) -> _T:
         raise RemoteProtocolError(f"{cls.__name__}: {error}") from error
 
 
-@cache
 def _layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field[Any]], ...]:
+    return _read_layout(cls)
+
+
+@cache
+def _read_layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field[Any]], ...]:
     hints = typing.get_type_hints(cls)
     rows: list[tuple[int, str, Any, bool, Field[Any]]] = []
     for spec in fields(cls):
