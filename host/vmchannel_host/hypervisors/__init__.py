@@ -44,14 +44,19 @@ class Hypervisor(Protocol):
 
     async def run(self) -> None:
         """Follow the VMs until cancelled."""
+        ...
 
     def events(self) -> AsyncIterator[HypervisorEvent]:
         """All changes, in order, from the moment of the call. One consumer."""
+        ...
 
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory."""
+        ...
 
-    async def off(self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float) -> InstanceEnded:
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
         """End one instance: QMP quit, then SIGKILL through the pidfd of the verified process.
 
         A monitor that is mute does not stop it. Idempotent: an instance that has ended is reported as such.
@@ -60,6 +65,7 @@ class Hypervisor(Protocol):
             NotProven: `timeout_s` passed and the process was not seen to end. It may be alive.
             HypervisorError: the process at that pid is not the one named: nothing was done.
         """
+        ...
 
     async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
         """`system_reset` the one running instance and prove it by its RESET event (S8).
@@ -68,13 +74,16 @@ class Hypervisor(Protocol):
             HypervisorError: not running, migrating, not resettable, no event: nothing is proven. The
                 caller goes on with `off` and `start`.
         """
+        ...
 
     def can_start(self, vm: VmUuid, name: str) -> bool:
         """Whether `start` has a way to start that VM here."""
+        ...
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
-        """Run the VM's start command outside the daemon's unit. Its exit proves nothing: look for the instance.
+        """Run the VM's start command outside the daemon's unit. Its exit proves nothing: look afterwards.
 
         Raises:
             CannotStart: there is no start command, or it failed; the message carries its last line.
         """
+        ...

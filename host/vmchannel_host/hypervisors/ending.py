@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How an instance is ended and what proves it: quit, SIGKILL by pidfd, QMP read to its end (S1)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from vmchannel_host.hypervisors import HypervisorError, NotProven
+from vmchannel_host.hypervisors.detached import DetachedCalls
+from vmchannel_host.hypervisors.image_locks import OpenStorage, look_at_storage, wait_settled
+from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor, MonitorError
+from vmchannel_host.model import EndCause, EndProof, HostName, InstanceEnded, IoState
+
+log = logging.getLogger(__name__)
+
+QUIT_GRACE_S = 0.3
+"""QEMU leaves within 30 ms of `quit`; after this, in seconds, its files are looked at before a SIGKILL."""
+
+STORAGE_TIMEOUT_S = 0.5
+"""How long the look at its files may hold up the SIGKILL, in seconds."""
+
+STREAM_TIMEOUT_S = 1.0
+"""How long the monitor's stream may take to end after its process has, in seconds."""
+
+SETTLE_TIMEOUT_S = 10.0
+"""How long image locks are waited for after a SIGKILL, in seconds; the slowest write seen took 7.5."""
+
+
+class Endings:
+    """Ends instances. Each instance is ended by one caller at a time; the others wait for it."""
+
+    def __init__(
+        self,
+        table: InstanceTable,
+        calls: DetachedCalls,
+        *,
+        host: HostName,
+        clock: Callable[[], float],
+        proc: Path = Path("/proc"),
+        settle_timeout_s: float = SETTLE_TIMEOUT_S,
+    ) -> None:
+        self._table = table
+        self._calls = calls
+        self._host = host
+        self._clock = clock
+        self._proc = proc
+        self._settle_timeout_s = settle_timeout_s
+
+    async def end(self, watched: Watched, *, quit_timeout_s: float, timeout_s: float) -> InstanceEnded:
+        """End an instance: `quit` for at most `quit_timeout_s`, then SIGKILL; prove it within `timeout_s`.
+
+        Raises:
+            NotProven: the process did not end in time. What was asked of it may still take effect.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        began = self._clock()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await watched.ending.acquire()
+        except TimeoutError as error:
+            raise NotProven(
+                f"{watched.identity}: another off of it did not finish in {timeout_s:.3g} s"
+            ) from error
+        try:
+            if watched.evidence is not None:
+                return watched.evidence
+            storage = await self._quit_or_kill(watched, min(quit_timeout_s, timeout_s / 2), deadline)
+            return await self._conclude(watched, storage, began, deadline)
+        finally:
+            watched.ending.release()
+
+    async def watch(self, watched: Watched) -> None:
+        """Wait for the end of an instance, by whatever cause, and report it. Returns when it is reported."""
+        await watched.process.wait_ended()
+        async with watched.ending:
+            if watched.evidence is None:
+                deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S
+                await self._conclude(watched, None, self._clock(), deadline)
+
+    async def _quit_or_kill(
+        self, watched: Watched, quit_timeout_s: float, deadline: float
+    ) -> OpenStorage | None:
+        """Returns what it had open when it was killed; None when it left otherwise."""
+        storage: OpenStorage | None = None
+        try:
+            if watched.monitor is not None and watched.monitor.open:
+                storage = await self._quit(watched, watched.monitor, quit_timeout_s)
+            if not watched.process.ended():
+                storage = storage or await self._storage(watched)
+                watched.cause = EndCause.KILL
+                watched.process.kill()
+                await self._wait_ended(watched, deadline)
+        except BaseException:
+            if storage is not None:
+                storage.close()
+            raise
+        return storage
+
+    async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> OpenStorage | None:
+        watched.cause = EndCause.QUIT
+        until = asyncio.get_running_loop().time() + timeout_s
+        storage: OpenStorage | None = None
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(_ask_to_quit(monitor, timeout_s), name="quit")
+            if not await _ended_by(watched, until=min(until, until - timeout_s + QUIT_GRACE_S)):
+                storage = await self._storage(watched)
+                refused = asking.done() and not asking.result()
+                if not refused:
+                    await _ended_by(watched, until=until)
+            asking.cancel()
+        return storage
+
+    async def _storage(self, watched: Watched) -> OpenStorage:
+        def look() -> OpenStorage:
+            return look_at_storage(watched.identity.pid, watched.process.command, proc=self._proc)
+
+        try:
+            return await self._calls.call("look at storage", look, timeout_s=STORAGE_TIMEOUT_S)
+        except NotProven as error:
+            return OpenStorage((), f"{error}")
+
+    async def _wait_ended(self, watched: Watched, deadline: float) -> None:
+        if not await _ended_by(watched, until=deadline):
+            raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
+
+    async def _conclude(
+        self, watched: Watched, storage: OpenStorage | None, began: float, deadline: float
+    ) -> InstanceEnded:
+        """The pidfd has fired: gather the rest of the evidence and report it."""
+        elapsed_ms = round((self._clock() - began) * 1000)
+        try:
+            read_to_end = await _read_to_end(watched.monitor)
+            io = await self._io_state(watched, storage, deadline)
+        finally:
+            if storage is not None:
+                storage.close()
+        if not read_to_end:
+            log.warning("the monitor's stream did not end with its process: %s", watched.identity)
+        evidence = InstanceEnded(
+            host=self._host,
+            identity=watched.identity,
+            proof=EndProof.PIDFD,
+            cause=watched.cause,
+            io=io,
+            # What was not read may say that a migration completed.
+            departed=watched.departed or not read_to_end,
+            elapsed_ms=elapsed_ms,
+        )
+        self._table.conclude(watched, evidence)
+        log.info(
+            "instance ended vm=%s %s cause=%s io=%s departed=%s",
+            watched.identity.vm_uuid,
+            watched.identity,
+            evidence.cause.value,
+            io.value,
+            evidence.departed,
+        )
+        return evidence
+
+    async def _io_state(self, watched: Watched, storage: OpenStorage | None, deadline: float) -> IoState:
+        if _left_by_itself(watched, watched.process.exit_status(self._proc)):
+            return IoState.DRAINED
+        if storage is None:
+            return IoState.UNPROVEN  # nobody saw what it had open
+        if storage.nothing:
+            return IoState.NONE
+        if storage.unprovable:
+            log.info("writes cannot be proven settled: %s: %s", watched.identity, storage.unprovable)
+            return IoState.UNPROVEN
+
+        async def probe() -> bool:
+            try:
+                return await self._calls.call("probe image locks", storage.free, timeout_s=1.0)
+            except HypervisorError:
+                return False
+
+        loop_time = asyncio.get_running_loop().time()
+        settled = await wait_settled(probe, until=min(deadline, loop_time + self._settle_timeout_s))
+        return IoState.SETTLED if settled else IoState.UNPROVEN
+
+
+async def _ask_to_quit(monitor: Monitor, timeout_s: float) -> bool:
+    """Send `quit`. False when QEMU refused it; a lost or late answer says nothing."""
+    try:
+        await monitor.execute("quit", timeout_s=timeout_s)
+    except CommandRefused as error:
+        log.warning("quit refused: %s", error)
+        return False
+    except MonitorError:
+        return True
+    return True
+
+
+def _left_by_itself(watched: Watched, exit_status: int | None) -> bool:
+    """Whether QEMU went the way on which it drains and closes its images.
+
+    `quit` was answered by an end; a SHUTDOWN event alone may have been followed by somebody's SIGKILL.
+    """
+    if watched.cause is EndCause.QUIT:
+        return exit_status in (0, None)
+    return watched.cause is EndCause.NONE and watched.shutdown_seen and exit_status == 0
+
+
+async def _ended_by(watched: Watched, *, until: float) -> bool:
+    try:
+        async with asyncio.timeout_at(until):
+            await watched.process.wait_ended()
+    except TimeoutError:
+        return watched.process.ended()
+    return True
+
+
+async def _read_to_end(monitor: Monitor | None) -> bool:
+    if monitor is None:
+        return True  # nothing was watched, so nothing was missed
+    try:
+        async with asyncio.timeout(STREAM_TIMEOUT_S):
+            await monitor.wait_closed()
+    except TimeoutError:
+        return not monitor.open
+    return True

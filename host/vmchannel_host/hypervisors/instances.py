@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The instances that are watched now: one pidfd each, what was last seen of it, and the changes as events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
+from vmchannel_host.hypervisors.process import ProcessKey, VerifiedProcess
+from vmchannel_host.hypervisors.qmp_monitor import Monitor
+from vmchannel_host.hypervisors.qmp_state import MonitorFacts, migration_after_event
+from vmchannel_host.model import (
+    EndCause,
+    Instance,
+    InstanceEnded,
+    Migration,
+    ProcessIdentity,
+    RunState,
+    VmUuid,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 4096
+"""Ends that are remembered, and ends that may wait for the consumer; the oldest go first."""
+
+
+class Watched:
+    """One live instance: its process, and what its monitor last said."""
+
+    def __init__(self, process: VerifiedProcess) -> None:
+        self.process = process
+        self.monitor: Monitor | None = None
+        self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
+        self.mute = False
+        self.last_migration = Migration.UNKNOWN  # as last watched, also while the monitor is silent
+        self.shutdown_seen = False  # QEMU said that it leaves by itself
+        self.cause = EndCause.NONE  # the strongest thing that we did to it
+        self.evidence: InstanceEnded | None = None
+        self.ending = asyncio.Lock()  # held by whoever ends it or concludes that it has ended
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        return self.process.identity
+
+    @property
+    def departed(self) -> bool:
+        """Whether the VM may live elsewhere, by the last that was seen of its migration (S1, *departure*)."""
+        return self.last_migration in (Migration.OUTGOING, Migration.COMPLETED)
+
+    def instance(self) -> Instance:
+        """What is known now. Without an answering monitor the run state is UNKNOWN: on, for all we know."""
+        facts = self.facts
+        answering = self.monitor is not None and not self.mute and facts is not None
+        return Instance(
+            identity=self.identity,
+            name=(facts.name if facts else "") or self.process.command.name,
+            run_state=facts.run_state if facts and answering else RunState.UNKNOWN,
+            migration=self.last_migration if answering else Migration.UNKNOWN,
+            ports=facts.ports if facts else (),
+            resettable=bool(facts and answering and facts.resettable and not self._reset_is_no_proof()),
+            monitor=self.monitor.path if self.monitor and answering else "",
+        )
+
+    def learn(self, facts: MonitorFacts) -> None:
+        """Take a monitor's answers."""
+        self.facts = facts
+        self.mute = False
+        self.last_migration = facts.migration
+
+    def learn_state(self, run_state: RunState, migration: Migration) -> None:
+        """Take a monitor's answers on these two alone."""
+        self.mute = False
+        self.last_migration = migration
+        if self.facts is not None:
+            self.facts = replace(self.facts, run_state=run_state, migration=migration)
+
+    def hear(self, event: str, data: Mapping[str, object]) -> None:
+        """Take an event at once: there may be no time for a query before the process is gone."""
+        if event == "MIGRATION":
+            run_state = self.facts.run_state if self.facts else RunState.UNKNOWN
+            self.last_migration = migration_after_event(data.get("status"), self.last_migration, run_state)
+        elif event == "SHUTDOWN":
+            self.shutdown_seen = True
+        elif event in ("RESET", "RESUME"):
+            self.shutdown_seen = False  # -no-shutdown: it had stayed
+
+    def _reset_is_no_proof(self) -> bool:
+        command = self.process.command
+        return command.passthrough or command.no_reboot
+
+
+class EventQueue:
+    """Changes for one consumer. Of each live instance only its newest state waits: that is what counts.
+
+    Ends are never merged away; when MAX_REMEMBERED of them wait, the oldest is dropped with a warning: the
+    consumer learns of it from the next look.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[tuple[ProcessIdentity, bool], HypervisorEvent] = OrderedDict()
+        self._arrived = asyncio.Event()
+        self._ends = 0
+
+    def put(self, event: HypervisorEvent) -> None:
+        """Add a change. Never blocks."""
+        identity = event.instance.identity if isinstance(event, Seen) else event.evidence.identity
+        ended = isinstance(event, Ended)
+        self._waiting[(identity, ended)] = event
+        if ended:
+            self._ends += 1
+            if self._ends > MAX_REMEMBERED:
+                self._drop_oldest_end()
+        self._arrived.set()
+
+    async def get(self) -> HypervisorEvent:
+        """Wait for the next change."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        (_, ended), event = self._waiting.popitem(last=False)
+        self._ends -= ended
+        return event
+
+    def _drop_oldest_end(self) -> None:
+        oldest = next(key for key in self._waiting if key[1])
+        del self._waiting[oldest]
+        self._ends -= 1
+        log.warning("event dropped, nobody reads: end of %s", oldest[0])
+
+
+class InstanceTable:
+    """All watched instances of this host, by process."""
+
+    def __init__(self) -> None:
+        self._watched: dict[ProcessKey, Watched] = {}
+        self._ended: OrderedDict[ProcessIdentity, InstanceEnded] = OrderedDict()
+        self._queue = EventQueue()
+        self._last_seen: dict[ProcessKey, Instance] = {}
+
+    def keys(self) -> frozenset[ProcessKey]:
+        return frozenset(self._watched)
+
+    def all(self) -> tuple[Watched, ...]:
+        return tuple(self._watched.values())
+
+    def get(self, key: ProcessKey) -> Watched | None:
+        return self._watched.get(key)
+
+    def adopt(self, process: VerifiedProcess) -> Watched:
+        """Watch a process from now on, or close it when it is watched already. Returns its entry."""
+        present = self._watched.get(process.key)
+        if present is not None:
+            if present.process is not process:
+                process.close()
+            return present
+        watched = Watched(process)
+        self._watched[process.key] = watched
+        self.changed(watched)
+        return watched
+
+    def changed(self, watched: Watched) -> None:
+        """Tell the consumer, unless nothing is new."""
+        key = watched.process.key
+        instance = watched.instance()
+        if watched.evidence is None and key in self._watched and self._last_seen.get(key) != instance:
+            self._last_seen[key] = instance
+            self._queue.put(Seen(instance))
+
+    def conclude(self, watched: Watched, evidence: InstanceEnded) -> None:
+        """The instance has ended: remember how, tell the consumer, give the pidfd back."""
+        watched.evidence = evidence
+        self._watched.pop(watched.process.key, None)
+        self._last_seen.pop(watched.process.key, None)
+        self._ended[watched.identity] = evidence
+        while len(self._ended) > MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+        self._queue.put(Ended(evidence))
+        watched.process.close()
+
+    def ended(self, identity: ProcessIdentity) -> InstanceEnded | None:
+        """How an instance ended that was watched here, as long as it is remembered."""
+        return self._ended.get(identity)
+
+    def events(self) -> AsyncIterator[HypervisorEvent]:
+        """The changes from now on, after one Seen for each live instance. A later call takes over."""
+        queue = EventQueue()
+        self._queue = queue
+        self._last_seen.clear()
+        for watched in self.all():
+            self.changed(watched)
+        return _drain(queue)
+
+    def close(self) -> None:
+        """Give all pidfds back."""
+        for watched in self._watched.values():
+            watched.process.close()
+        self._watched.clear()
+        self._last_seen.clear()
+
+    def conflicts(self) -> tuple[str, ...]:
+        """One UUID with two names that no watched migration joins (S9)."""
+        names: dict[VmUuid, set[str]] = {}
+        for instance in (watched.instance() for watched in self.all()):
+            if instance.name and instance.migration in (Migration.NONE, Migration.UNKNOWN):
+                names.setdefault(instance.vm_uuid, set()).add(instance.name)
+        return tuple(
+            f"VM {vm_uuid} has {len(found)} names: {', '.join(repr(name[:100]) for name in sorted(found))}"
+            for vm_uuid, found in names.items()
+            if len(found) > 1
+        )
+
+
+async def _drain(queue: EventQueue) -> AsyncIterator[HypervisorEvent]:
+    while True:
+        yield await queue.get()

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU processes of this host: found in /proc, identified while a pidfd is open, ended through it (S1, S9).
+
+The order is what makes an identity: pidfd_open first, then executable, command line and start time from
+/proc, then the pidfd still silent. Until a process has ended, its pid cannot belong to another, so what was
+read in between is this process's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import fnmatch
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.cmdline import CommandLine, parse_command_line
+from vmchannel_host.model import BootId, EndProof, ProcessIdentity, VmUuid
+
+EXECUTABLES = ("qemu-system-*", "qemu-kvm", "kvm")
+"""Base names of programs that run VMs, as shell patterns."""
+
+_DELETED = " (deleted)"
+"""The kernel's suffix when the file was replaced, as an upgrade of the QEMU package does."""
+
+_PIDFD_INFO = struct.Struct("QQ11Ii")
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+_PIDFD_INFO_EXIT = 1 << 3
+
+ProcessKey = tuple[int, int]
+"""(pid, start time): one process of this boot."""
+
+
+class ProcessGone(HypervisorError):
+    """No such process any more."""
+
+
+class NotAVm(HypervisorError):
+    """The process is not a QEMU that runs a VM."""
+
+
+class Unidentified(HypervisorError):
+    """The process is, or may be, a QEMU, but whose cannot be said.
+
+    Attributes:
+        vm_uuids: VMs it may be an instance of, as far as its command line tells.
+    """
+
+    def __init__(self, reason: str, vm_uuids: tuple[VmUuid, ...] = ()) -> None:
+        super().__init__(reason)
+        self.vm_uuids = vm_uuids
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Three fields of /proc/PID/stat."""
+
+    state: str  # one letter; Z also for a leader that has exited while its threads live
+    threads: int
+    start_time: int  # clock ticks after boot
+
+
+def parse_stat(text: str) -> Stat:
+    """Read /proc/PID/stat. The command in it may hold blanks and parentheses; the last one ends it.
+
+    Raises:
+        ValueError: it is not the line of a process.
+    """
+    fields = text.rpartition(")")[2].split()
+    if len(fields) < 20:
+        raise ValueError("not the stat line of a process")
+    return Stat(
+        state=fields[0], threads=int(fields[17]), start_time=int(fields[19])
+    )  # proc(5): fields 3, 20, 22
+
+
+class VerifiedProcess:
+    """A QEMU process that was identified while its pidfd was open. Owns the pidfd."""
+
+    def __init__(self, identity: ProcessIdentity, command: CommandLine, pidfd: int) -> None:
+        self.identity = identity
+        self.command = command
+        self._pidfd = pidfd
+        self._ended: asyncio.Event | None = None
+
+    @property
+    def key(self) -> ProcessKey:
+        return (self.identity.pid, self.identity.start_time)
+
+    def ended(self) -> bool:
+        """Whether the pidfd says that the process, with all its threads, has ended. Does not block."""
+        return self._pidfd < 0 or _readable(self._pidfd)
+
+    def exit_status(self, proc: Path = Path("/proc")) -> int | None:
+        """The wait status of the process that has ended, when the kernel still tells; None when not.
+
+        Before its parent has reaped it /proc shows it, afterwards PIDFD_GET_INFO does (Linux 6.15 and later).
+        """
+        try:
+            fields = (
+                (proc / str(self.identity.pid) / "stat")
+                .read_text("utf-8", "replace")
+                .rpartition(")")[2]
+                .split()
+            )
+            if fields[0] == "Z" and int(fields[19]) == self.identity.start_time:
+                return int(fields[49])  # proc(5): field 52, exit_code
+        except (OSError, ValueError, IndexError):
+            pass
+        return _exit_status_of_pidfd(self._pidfd)
+
+    async def wait_ended(self) -> None:
+        """Wait until the process has ended. Any number of tasks may wait."""
+        if self._ended is None:
+            self._ended = asyncio.Event()
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_end, self._ended)
+        await self._ended.wait()
+
+    def kill(self) -> None:
+        """Send SIGKILL through the pidfd: it cannot reach another process. One that has ended is no error.
+
+        Raises:
+            HypervisorError: the kernel refuses it (no permission).
+        """
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        except OSError as error:
+            raise HypervisorError(f"cannot kill {self.identity}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Give the pidfd back. Safe to call twice."""
+        if self._pidfd < 0:
+            return
+        if self._ended is not None and not self._ended.is_set():
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+    def _on_end(self, ended: asyncio.Event) -> None:
+        # A pidfd stays readable for ever: a reader left in place would spin.
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        ended.set()
+
+
+def _new_processes() -> list[VerifiedProcess]:
+    return []
+
+
+def _new_keys() -> set[ProcessKey]:
+    return set()
+
+
+def _new_problems() -> list[Unidentified]:
+    return []
+
+
+@dataclass(slots=True)
+class Scan:
+    """What one scan of /proc found. Its reader owns the new processes."""
+
+    new: list[VerifiedProcess] = field(default_factory=_new_processes)
+    lost: set[ProcessKey] = field(default_factory=_new_keys)  # those given as known and not seen again
+    problems: list[Unidentified] = field(default_factory=_new_problems)
+
+
+class ProcessTable:
+    """The processes of this host, as /proc shows them. All methods block for a short time; no state."""
+
+    def __init__(
+        self,
+        *,
+        boot_id: BootId,
+        proc: Path = Path("/proc"),
+        executables: tuple[str, ...] = EXECUTABLES,
+        pidfd_open: Callable[[int], int] = os.pidfd_open,
+    ) -> None:
+        self.boot_id = boot_id
+        self.proc = proc
+        self._executables = executables
+        self._pidfd_open = pidfd_open
+
+    def scan(self, known: frozenset[ProcessKey]) -> Scan:
+        """Find every QEMU process.
+
+        Of a process in `known` (its pidfd is held, so it was identified) only start time and executable are
+        read again: its command line can block as long as a hung process holds its memory map.
+
+        Raises:
+            HypervisorError: /proc does not show all processes.
+        """
+        scan = Scan(lost=set(known))
+        pids = self._pids()
+        if 1 not in pids:
+            raise HypervisorError(f"{self.proc} hides processes (hidepid?): a scan proves nothing")
+        try:
+            for pid in pids:
+                self._scan_one(pid, known, scan)
+        except BaseException:
+            for process in scan.new:
+                process.close()
+            raise
+        return scan
+
+    def open(self, pid: int) -> VerifiedProcess:
+        """Open a pidfd, then identify the process.
+
+        Raises:
+            ProcessGone: it does not exist, or ended meanwhile.
+            NotAVm: its executable is another one.
+            Unidentified: it is a QEMU without an unambiguous UUID, or cannot be read.
+        """
+        try:
+            pidfd = self._pidfd_open(pid)
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # the last two: a thread's number
+                raise ProcessGone(f"pid {pid} does not exist") from error
+            raise Unidentified(f"pid {pid}: pidfd_open: {error.strerror}") from error
+        try:
+            identity, command = self._identify(pid)
+            if _readable(pidfd):
+                raise ProcessGone(f"pid {pid} ended while it was identified")
+        except BaseException as error:
+            ended = _readable(pidfd)
+            os.close(pidfd)
+            if ended and isinstance(error, HypervisorError):
+                raise ProcessGone(f"pid {pid} has ended") from error
+            raise
+        return VerifiedProcess(identity, command, pidfd)
+
+    def absence(self, identity: ProcessIdentity) -> EndProof | None:
+        """Whether a recorded process is proven not to exist any more; None when it, or its like, exists.
+
+        Raises:
+            HypervisorError: neither can be said.
+        """
+        if identity.boot_id != self.boot_id:
+            return EndProof.OTHER_BOOT
+        try:
+            # Asked first: unlike /proc it does not hide other users' processes.
+            pidfd = self._pidfd_open(identity.pid)
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+                return EndProof.ABSENT
+            raise HypervisorError(f"{identity}: pidfd_open: {error.strerror}") from error
+        try:
+            if self._stat(identity.pid).start_time != identity.start_time:
+                return EndProof.ABSENT
+            return EndProof.ABSENT if _readable(pidfd) else None
+        except (OSError, ValueError) as error:
+            if _readable(pidfd):
+                return self.absence(identity)  # it went while we looked; the pid may be another's by now
+            raise HypervisorError(f"{identity}: cannot read its start time") from error
+        finally:
+            os.close(pidfd)
+
+    def _scan_one(self, pid: int, known: frozenset[ProcessKey], scan: Scan) -> None:
+        try:
+            if not self._may_be_vm(pid):
+                return
+            key = (pid, self._stat(pid).start_time)
+            if key in known:
+                scan.lost.discard(key)
+                return
+            scan.new.append(self.open(pid))
+        except (ProcessGone, NotAVm, FileNotFoundError, ProcessLookupError):
+            return
+        except Unidentified as problem:
+            scan.problems.append(problem)
+        except (OSError, ValueError) as error:
+            scan.problems.append(Unidentified(f"pid {pid}: {error}"))
+
+    def _pids(self) -> list[int]:
+        try:
+            return [int(name) for name in os.listdir(self.proc) if name.isdecimal()]
+        except OSError as error:
+            raise HypervisorError(f"cannot list {self.proc}: {error.strerror}") from error
+
+    def _may_be_vm(self, pid: int) -> bool:
+        """A cheap first sieve: everything but what is certainly another program."""
+        try:
+            executable = self._executable(pid)
+        except PermissionError:
+            return self._looks_like_vm(pid)
+        return executable != "" and self._matches(executable)
+
+    def _identify(self, pid: int) -> tuple[ProcessIdentity, CommandLine]:
+        try:
+            start_time = self._stat(pid).start_time
+            executable = self._executable(pid)
+            if not executable or not self._matches(executable):
+                raise NotAVm(f"pid {pid} is {executable or 'no program'}, not a QEMU")
+            command = parse_command_line(self._command_line(pid))
+        except PermissionError as error:
+            raise self._unreadable(pid, error) from error
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ProcessGone(f"pid {pid} has ended") from error
+        except (OSError, ValueError) as error:
+            raise Unidentified(f"pid {pid} cannot be read: {error}") from error
+        vm_uuid = command.vm_uuid
+        if vm_uuid is None:
+            raise _without_identity(pid, executable, command)
+        return ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id), command
+
+    def _executable(self, pid: int) -> str:
+        """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""
+        for directory in self._sources(pid):
+            try:
+                return os.readlink(directory / "exe").removesuffix(_DELETED)
+            except FileNotFoundError:
+                continue
+        return ""
+
+    def _command_line(self, pid: int) -> bytes:
+        for attempt in range(4):
+            for directory in self._sources(pid):
+                text = (directory / "cmdline").read_bytes()
+                if text:
+                    return text
+            time.sleep(0.005 * attempt)  # in the middle of exec: the executable is set before its arguments
+        raise Unidentified(f"pid {pid} is a QEMU without a readable command line")
+
+    def _sources(self, pid: int) -> Iterator[Path]:
+        """Where to read of a process: itself; if its leader has exited while threads live, one of these."""
+        yield self.proc / str(pid)
+        if self._stat(pid).state not in "ZX":
+            return
+        tasks = self.proc / str(pid) / "task"
+        for task in os.listdir(tasks):
+            if int(task) != pid:
+                yield tasks / task
+
+    def _stat(self, pid: int) -> Stat:
+        return parse_stat((self.proc / str(pid) / "stat").read_text("utf-8", "replace"))
+
+    def _matches(self, executable: str) -> bool:
+        name = os.path.basename(executable)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._executables)
+
+    def _looks_like_vm(self, pid: int) -> bool:
+        """Of a process whose executable may not be read: is it worth a complaint?"""
+        raw = (self.proc / str(pid) / "cmdline").read_bytes()
+        return self._matches(raw.split(b"\0")[0].decode("utf-8", "replace")) or bool(
+            parse_command_line(raw).uuids
+        )
+
+    def _unreadable(self, pid: int, error: OSError) -> Unidentified:
+        try:
+            command = parse_command_line((self.proc / str(pid) / "cmdline").read_bytes())
+        except OSError:
+            command = CommandLine((), "")
+        return Unidentified(f"pid {pid} may be a QEMU but cannot be read: {error.strerror}", command.uuids)
+
+
+def read_boot_id(proc: Path = Path("/proc")) -> BootId:
+    """The id of this boot of the kernel.
+
+    Raises:
+        OSError: it cannot be read; without it no process can be recognised again.
+    """
+    return BootId((proc / "sys/kernel/random/boot_id").read_text("ascii").strip())
+
+
+def _without_identity(pid: int, executable: str, command: CommandLine) -> HypervisorError:
+    if command.no_guest and not command.uuids:
+        return NotAVm(f"pid {pid} is a QEMU without a machine")
+    what = f"pid {pid} ({executable}, name {command.name[:100]!r})"
+    if len(command.uuids) > 1:
+        return Unidentified(f"{what} has several -uuid: {', '.join(command.uuids)}", command.uuids)
+    return Unidentified(f"{what} has no -uuid, or a nil one: it cannot be told apart from others (S9)")
+
+
+def _exit_status_of_pidfd(pidfd: int) -> int | None:
+    """PIDFD_GET_INFO with PIDFD_INFO_EXIT (linux/pidfd.h): mask, cgroup id, eleven ids, exit code."""
+    info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0, *[0] * 11, 0))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except (OSError, ValueError):
+        return None  # an older kernel
+    fields = _PIDFD_INFO.unpack(info)
+    return int(fields[-1]) if fields[0] & _PIDFD_INFO_EXIT else None
+
+
+def _readable(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Bare QEMU as a hypervisor: processes from /proc, what they do from QMP, ends through pidfds.
+
+The processes are the truth: a QEMU without a usable monitor is still an instance, in state UNKNOWN, and can
+be ended. The monitors only add what a process does not show: run state, migration, ports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import logging
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from vmchannel_host.hypervisors import HypervisorError, HypervisorEvent, NotProven
+from vmchannel_host.hypervisors.detached import DetachedCalls
+from vmchannel_host.hypervisors.ending import Endings
+from vmchannel_host.hypervisors.follower import Conflict, SocketFollower, Timings
+from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.process import (
+    ProcessGone,
+    ProcessTable,
+    Scan,
+    Unidentified,
+    VerifiedProcess,
+)
+from vmchannel_host.hypervisors.qmp_monitor import working_directory
+from vmchannel_host.hypervisors.resetting import reset_instance
+from vmchannel_host.model import (
+    EndCause,
+    EndProof,
+    HostName,
+    InstanceEnded,
+    InstanceReset,
+    IoState,
+    Look,
+    ProcessIdentity,
+    VmUuid,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_SOCKETS = 4096
+"""QMP sockets followed; further matches of the globs are ignored with a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class QmpSettings:
+    """What the configuration says of one `qmp` hypervisor."""
+
+    sockets: tuple[str, ...] = ()  # globs of QMP socket paths
+    scan_s: float = 1.0  # between two scans of /proc and the globs; longer when a scan is dear
+    ask_s: float = 1.0  # how long a look waits for each monitor
+    timings: Timings = field(default_factory=Timings)
+
+
+class QmpHypervisor:
+    """Implements `Hypervisor` for QEMU processes that nobody else manages."""
+
+    def __init__(
+        self,
+        settings: QmpSettings,
+        *,
+        host: HostName,
+        processes: ProcessTable,
+        launcher: Launcher,
+        clock: Callable[[], float],
+    ) -> None:
+        """
+        Args:
+            settings: sockets and timings.
+            host: this host's name, for the evidence.
+            processes: the processes of this host.
+            launcher: runs start commands.
+            clock: CLOCK_BOOTTIME in seconds.
+        """
+        self._settings = settings
+        self._host = host
+        self._processes = processes
+        self._launcher = launcher
+        self._clock = clock
+        self._calls = DetachedCalls()
+        self._table = InstanceTable()
+        self._endings = Endings(self._table, self._calls, host=host, clock=clock, proc=processes.proc)
+        self._followers: dict[str, tuple[SocketFollower, asyncio.Task[None]]] = {}
+        self._sockets: Mapping[str, tuple[int, int]] = MappingProxyType({})
+        self._rescan = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._last_problems: frozenset[str] = frozenset()
+
+    async def run(self) -> None:
+        """Follow the VMs until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for watched in self._table.all():
+                    self._watch_end(watched)
+                tasks.create_task(self._scan_forever(), name="scan")
+        finally:
+            self._tasks = None
+            self._followers.clear()
+            self._table.close()
+
+    def events(self) -> AsyncIterator[HypervisorEvent]:
+        """All changes from now on, after one Seen for each live instance. One consumer."""
+        return self._table.events()
+
+    async def look(self, *, timeout_s: float) -> Look:
+        """Scan afresh. A VM of which nothing can be said is in `silent`.
+
+        Raises:
+            HypervisorError: /proc could not be read in time: the look proves nothing.
+        """
+        began = self._clock()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        scan = await self._scan(timeout_s)
+        await self._ask_all(deadline)
+        live = [watched for watched in self._table.all() if not watched.process.ended()]
+        silent = [(vm_uuid, f"{problem}") for problem in scan.problems for vm_uuid in problem.vm_uuids]
+        silent.extend(
+            (watched.identity.vm_uuid, f"{watched.identity} is no longer recognised as QEMU")
+            for watched in live
+            if watched.process.key in scan.lost
+        )
+        conflicts = [f"{problem}" for problem in scan.problems]
+        for conflict in self._monitor_conflicts():
+            conflicts.append(f"{conflict}")
+            silent.extend((vm_uuid, f"{conflict}") for vm_uuid in conflict.vm_uuids)
+        return Look(
+            host=self._host,
+            at_boottime=began,
+            instances=tuple(watched.instance() for watched in live),
+            silent=tuple(silent),
+            conflicts=(*conflicts, *self._table.conflicts()),
+        )
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        """End one instance; see `Hypervisor.off`.
+
+        An end that was not watched here is proven by absence; it then says nothing of a departure or of late
+        writes, and the caller has to hold what it knew of the process against it.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        ended = self._table.ended(identity)
+        if ended is not None:
+            return ended
+        try:
+            watched = await self._find(identity, timeout_s)
+        except ProcessGone:
+            return self._absent(identity, self._processes.absence(identity))
+        remaining_s = deadline - asyncio.get_running_loop().time()
+        return await self._endings.end(watched, quit_timeout_s=quit_timeout_s, timeout_s=remaining_s)
+
+    async def ended(self, identity: ProcessIdentity) -> InstanceEnded | None:
+        """How a recorded process has ended, when that is proven; None while it lives. Changes nothing.
+
+        Raises:
+            HypervisorError: neither can be said.
+        """
+        ended = self._table.ended(identity)
+        watched = self._table.get((identity.pid, identity.start_time))
+        if ended is not None or (watched is not None and watched.identity == identity):
+            return ended
+        proof = self._processes.absence(identity)
+        return None if proof is None else self._absent(identity, proof)
+
+    async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
+        """`system_reset` the one running instance and prove it; see `Hypervisor.reset`."""
+        watched = self._table.get((identity.pid, identity.start_time))
+        if watched is None or watched.identity != identity:
+            raise HypervisorError(f"{identity} is not watched here")
+        directory = working_directory(self._processes.proc, identity.pid)
+        return await reset_instance(
+            watched, host=self._host, clock=self._clock, directory=directory, timeout_s=timeout_s
+        )
+
+    def can_start(self, vm: VmUuid, name: str) -> bool:
+        """Whether a start command is configured for that VM."""
+        return self._launcher.can_start(vm, name)
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        """Run the VM's start command; see `Launcher.start`."""
+        await self._launcher.start(vm, name, timeout_s=timeout_s)
+        self._rescan.set()
+
+    async def _find(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
+        """The watched process of that identity; opened now if it is not watched yet.
+
+        Raises:
+            ProcessGone: no such process.
+            HypervisorError: the process of that pid and start time is another than the one named.
+        """
+        watched = self._table.get((identity.pid, identity.start_time))
+        if watched is None:
+            watched = await self._open(identity, timeout_s)
+        if watched.identity != identity:
+            raise HypervisorError(f"{identity} is named, but there runs {watched.identity}")
+        return watched
+
+    async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
+        if self._processes.absence(identity) is not None:
+            raise ProcessGone(f"{identity} has ended")
+        process = await self._identify(identity.pid, timeout_s=timeout_s)
+        if process.key != (identity.pid, identity.start_time):
+            process.close()
+            raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
+        return self._adopt(process)
+
+    def _absent(self, identity: ProcessIdentity, proof: EndProof | None) -> InstanceEnded:
+        if proof is None:
+            raise NotProven(f"{identity} ended while it was looked at, but a process like it exists")
+        return InstanceEnded(
+            self._host, identity, proof, EndCause.NONE, IoState.UNPROVEN, departed=False, elapsed_ms=0
+        )
+
+    def _adopt(self, process: VerifiedProcess) -> Watched:
+        new = self._table.get(process.key) is None
+        watched = self._table.adopt(process)
+        if new:
+            self._watch_end(watched)
+        return watched
+
+    def _watch_end(self, watched: Watched) -> None:
+        if self._tasks is not None:
+            self._tasks.create_task(self._report_end(watched), name=f"end of pid {watched.identity.pid}")
+
+    async def _report_end(self, watched: Watched) -> None:
+        try:
+            await self._endings.watch(watched)
+        except Exception:
+            log.exception("cannot report the end of %s", watched.identity)
+
+    async def _identify(self, pid: int, *, timeout_s: float = 2.0) -> VerifiedProcess:
+        return await self._calls.call(
+            f"identify pid {pid}", lambda: self._processes.open(pid), timeout_s=timeout_s
+        )
+
+    async def _scan_forever(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                await self._scan(30.0)
+                self._follow_sockets(
+                    await self._calls.call("find sockets", self._find_sockets, timeout_s=30.0)
+                )
+            except HypervisorError as error:
+                log.error("cannot see the host's processes: %s", error)
+            except Exception:
+                log.exception("scan failed")
+            # On a host with thousands of processes a scan may cost at most 2 % of a core.
+            pause_s = max(self._settings.scan_s, 50 * (time.monotonic() - began))
+            await asyncio.sleep(0.1)  # however often a monitor comes and goes
+            self._rescan.clear()
+            try:
+                async with asyncio.timeout(min(pause_s, 10.0)):
+                    await self._rescan.wait()
+            except TimeoutError:
+                continue
+
+    async def _scan(self, timeout_s: float) -> Scan:
+        known = self._table.keys()
+        scan = await self._calls.call("scan /proc", lambda: self._processes.scan(known), timeout_s=timeout_s)
+        for process in scan.new:
+            self._adopt(process)
+        self._report_problems(scan.problems)
+        return scan
+
+    def _report_problems(self, problems: list[Unidentified]) -> None:
+        """One line for each new problem, not one for each scan."""
+        found = frozenset(f"{problem}" for problem in problems)
+        for problem in sorted(found - self._last_problems):
+            log.warning("conflict: %s", problem[:500])
+        self._last_problems = found
+
+    async def _ask_all(self, deadline: float) -> None:
+        """Ask every monitor afresh, all at the same time; mute ones together cost `ask_s`."""
+        loop = asyncio.get_running_loop()
+        followers = [follower for follower, _ in self._followers.values()]
+        until = min(deadline, loop.time() + self._settings.ask_s)
+        try:
+            async with asyncio.timeout_at(until):
+                for follower in followers:
+                    await follower.attempted.wait()  # a daemon that has just started
+        except TimeoutError:
+            log.debug("some monitors have not been tried yet")
+        timeout_s = min(self._settings.ask_s, max(deadline - loop.time(), 0.05))
+        async with asyncio.TaskGroup() as tasks:
+            for follower in followers:
+                if follower.connected:
+                    tasks.create_task(follower.refresh(timeout_s=timeout_s), name=f"refresh {follower.path}")
+
+    def _monitor_conflicts(self) -> list[Conflict]:
+        return [
+            follower.conflict for follower, _ in self._followers.values() if follower.conflict is not None
+        ]
+
+    def _find_sockets(self) -> dict[str, tuple[int, int]]:
+        """Path to (inode, change time) of each QMP socket that the globs match. Blocks."""
+        found: dict[str, tuple[int, int]] = {}
+        for pattern in self._settings.sockets:
+            for path in glob.iglob(pattern):
+                try:
+                    status = os.stat(path)
+                except OSError:
+                    continue
+                if stat.S_ISSOCK(status.st_mode):
+                    found[path] = (status.st_ino, status.st_ctime_ns)
+        return found
+
+    def _follow_sockets(self, found: dict[str, tuple[int, int]]) -> None:
+        """Start a follower for each new path, drop those whose path is gone and that hold no connection."""
+        assert self._tasks is not None
+        ports = {port.chardev_path for watched in self._table.all() for port in watched.instance().ports}
+        for path in list(self._followers):
+            follower, task = self._followers[path]
+            if path in found and found[path] != self._sockets.get(path):
+                follower.retry_now()
+            if task.done() or (path not in found and not follower.connected):
+                task.cancel()
+                del self._followers[path]
+        for path in sorted(found.keys() - self._followers.keys() - ports):
+            if len(self._followers) >= MAX_SOCKETS:
+                log.warning("more than %d QMP sockets: %r is not followed", MAX_SOCKETS, path)
+                break
+            follower = self._follower(path)
+            self._followers[path] = (follower, self._tasks.create_task(follower.run(), name=f"follow {path}"))
+        self._sockets = found
+
+    def _follower(self, path: str) -> SocketFollower:
+        return SocketFollower(
+            path,
+            self._table,
+            identify=self._identify,
+            adopt=self._adopt,
+            on_close=self._rescan.set,
+            directory=lambda pid: working_directory(self._processes.proc, pid),
+            timings=self._settings.timings,
+        )

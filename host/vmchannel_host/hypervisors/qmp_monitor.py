@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One connection to a QMP monitor: time-outs on every step, bounded memory, and its stream read to the end.
+
+A thin shell around qemu.qmp. What is added: the pid behind the socket (SO_PEERCRED), events handed on in the
+reader itself (so their order among the replies is known), and a bound on unanswered commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from typing import cast
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
+
+from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.qmp_state import (
+    MAX_PORTS,
+    Device,
+    MonitorFacts,
+    make_port,
+    network_has_passthrough,
+    parse_chardevs,
+    parse_devices,
+    parse_migration,
+    parse_name,
+    parse_run_state,
+    parse_uuid,
+)
+from vmchannel_host.model import Migration, Port, RunState, VmUuid
+
+MAX_MESSAGE_BYTES = 256 * 1024
+"""Longest line taken from a monitor, in bytes; query-chardev with 1,000 chardevs is half of it."""
+
+MAX_UNANSWERED = 8
+"""Commands that a mute monitor may owe us before further ones are refused at once."""
+
+EventHandler = Callable[[str, Mapping[str, object]], None]
+
+
+class MonitorError(HypervisorError):
+    """The monitor is of no use now."""
+
+
+class MonitorMute(MonitorError):
+    """No answer in time: QEMU is stopped or hung, or another client holds the monitor."""
+
+
+class MonitorClosed(MonitorError):
+    """Nobody listens, or the connection ended."""
+
+
+class CommandRefused(MonitorError):
+    """QEMU answered with an error."""
+
+
+class Monitor:
+    """A negotiated QMP session. Commands may be sent by several tasks."""
+
+    def __init__(self, path: str, sock: socket.socket, client: _Client) -> None:
+        self.path = path
+        self.peer_pid = _peer_pid(sock)
+        self._sock = sock
+        self._client = client
+
+    @classmethod
+    async def connect(cls, path: str, *, timeout_s: float) -> Monitor:
+        """Connect and negotiate, in at most `timeout_s` seconds.
+
+        Raises:
+            MonitorMute: the socket accepts but says nothing (or its backlog is full).
+            MonitorClosed: nobody listens there, or what answers is not QMP.
+        """
+        sock = _connect_socket(path)
+        client = _Client()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.connect(sock)
+            return cls(path, sock, client)
+        except TimeoutError as error:
+            raise MonitorMute(f"{path}: no QMP greeting in {timeout_s:.3g} s") from error
+        except (ConnectError, OSError) as error:
+            raise MonitorClosed(f"{path}: {error}") from error
+        finally:
+            if client.runstate != Runstate.RUNNING:
+                sock.close()
+
+    @property
+    def open(self) -> bool:
+        return self._client.runstate == Runstate.RUNNING
+
+    @property
+    def heard(self) -> asyncio.Event:
+        """Set by every message that arrives. Its reader clears it."""
+        return self._client.heard
+
+    def on_event(self, handler: EventHandler) -> None:
+        """Call `handler(name, data)` for each event in the stream's order. It must not block or raise."""
+        self._client.handler = handler
+
+    @contextmanager
+    def tap(self, name: str) -> Generator[EventTap, None, None]:
+        """Collect the events of that name that arrive from now on."""
+        tap = EventTap(name)
+        self._client.taps.append(tap)
+        try:
+            yield tap
+        finally:
+            self._client.taps.remove(tap)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float
+    ) -> object:
+        """Send a command and wait at most `timeout_s` seconds for its reply.
+
+        Raises:
+            MonitorMute: no reply in time. The command may still be carried out, at any time.
+            MonitorClosed: the connection ended before the reply.
+            CommandRefused: QEMU answered with an error.
+        """
+        # `quit` must always get through: it may be what ends a QEMU that wakes up later.
+        if len(self._client.unanswered) >= MAX_UNANSWERED and command != "quit":
+            raise MonitorMute(f"{self.path}: {MAX_UNANSWERED} commands are unanswered")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, arguments)
+        except TimeoutError as error:
+            raise MonitorMute(f"{self.path}: no answer to {command} in {timeout_s:.3g} s") from error
+        except ExecuteError as error:
+            raise CommandRefused(f"{self.path}: {command}: {str(error)[:300]}") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorClosed(f"{self.path}: closed before the answer to {command}") from error
+
+    async def wait_closed(self) -> None:
+        """Wait until the stream has been read to its end and every event in it was handed on."""
+        while self.open:
+            await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """Close the connection; waits at most a second for the library's tasks."""
+        with suppress(OSError):  # closed already
+            self._sock.shutdown(socket.SHUT_RDWR)  # nothing that is queued may hold up the end
+        try:
+            async with asyncio.timeout(1.0):
+                await self._client.disconnect()
+        except Exception:  # noqa: BLE001 - disconnect() raises whatever ended the reader, by design
+            return
+        finally:
+            self._sock.close()
+
+
+class EventTap:
+    """The events of one name; keeps the first 64."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._events: list[Mapping[str, object]] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, data: Mapping[str, object]) -> None:
+        if len(self._events) < 64:
+            self._events.append(data)
+            self._arrived.set()
+
+    async def wait_for(self, wanted: Callable[[Mapping[str, object]], bool]) -> None:
+        """Wait for the first event that is wanted."""
+        while not any(wanted(data) for data in self._events):
+            self._arrived.clear()
+            await self._arrived.wait()
+
+
+async def read_uuid(monitor: Monitor, *, timeout_s: float) -> VmUuid:
+    """Ask the monitor whose it is."""
+    return parse_uuid(await monitor.execute("query-uuid", timeout_s=timeout_s))
+
+
+async def watch_migration(monitor: Monitor, *, timeout_s: float) -> None:
+    """Switch on MIGRATION events. QEMU refuses during a migration: then poll query-migrate.
+
+    Raises:
+        CommandRefused: not now.
+    """
+    wanted = {"capabilities": [{"capability": "events", "state": True}]}
+    await monitor.execute("migrate-set-capabilities", wanted, timeout_s=timeout_s)
+
+
+async def read_run_state(monitor: Monitor, *, timeout_s: float) -> tuple[RunState, Migration]:
+    """Ask for run state and migration, the status last: it is the newer word on `running`."""
+    migrate = await monitor.execute("query-migrate", timeout_s=timeout_s)
+    run_state = parse_run_state(await monitor.execute("query-status", timeout_s=timeout_s))
+    return run_state, parse_migration(migrate, run_state)
+
+
+async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> MonitorFacts:
+    """Ask for everything. `timeout_s` holds for each command."""
+    name = parse_name(await monitor.execute("query-name", timeout_s=timeout_s))
+    devices = await _devices(monitor, timeout_s)
+    ports = await _ports(monitor, devices, directory, timeout_s)
+    network = await _network(monitor, timeout_s)
+    run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
+    passthrough = network_has_passthrough(network) or any(device.is_passthrough for device in devices)
+    return MonitorFacts(name, run_state, migration, ports, resettable=not passthrough)
+
+
+async def _devices(monitor: Monitor, timeout_s: float) -> tuple[Device, ...]:
+    found: tuple[Device, ...] = ()
+    for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+        found += parse_devices(
+            parent, await monitor.execute("qom-list", {"path": parent}, timeout_s=timeout_s)
+        )
+    return found
+
+
+async def _network(monitor: Monitor, timeout_s: float) -> object:
+    """The text of `info network`, or None when this QEMU does not tell."""
+    arguments = {"command-line": "info network"}
+    try:
+        return await monitor.execute("human-monitor-command", arguments, timeout_s=timeout_s)
+    except CommandRefused:
+        return None
+
+
+async def _ports(
+    monitor: Monitor, devices: tuple[Device, ...], directory: str, timeout_s: float
+) -> tuple[Port, ...]:
+    serial = [device for device in devices if device.is_serial_port][:MAX_PORTS]
+    if not serial:
+        return ()
+    chardevs = parse_chardevs(await monitor.execute("query-chardev", timeout_s=timeout_s), directory)
+    ports: list[Port] = []
+    for device in serial:
+        try:
+            name = await _property(monitor, device, "name", timeout_s)
+            label = await _property(monitor, device, "chardev", timeout_s)
+        except CommandRefused:
+            continue  # unplugged since it was listed
+        port = make_port(name, label, chardevs)
+        if port is not None:
+            ports.append(port)
+    return tuple(ports)
+
+
+async def _property(monitor: Monitor, device: Device, name: str, timeout_s: float) -> object:
+    return await monitor.execute("qom-get", {"path": device.path, "property": name}, timeout_s=timeout_s)
+
+
+class _Listener(EventListener):
+    """Hands events on from the reader instead of keeping them: the library's own listener grows for ever."""
+
+    def __init__(self, client: _Client) -> None:
+        super().__init__()
+        self._owner = client
+
+    async def put(self, event: Message) -> None:
+        name, data = event.get("event"), event.get("data")
+        if not isinstance(name, str):
+            return
+        fields: Mapping[str, object] = cast(Mapping[str, object], data) if isinstance(data, dict) else {}
+        for tap in self._owner.taps:
+            if tap.name == name:
+                tap.put(fields)
+        if self._owner.handler is not None:
+            self._owner.handler(name, fields)
+
+
+class _Client(QMPClient):
+    """The library's client with bounded memory, and quiet: the caller logs what matters."""
+
+    def __init__(self) -> None:
+        super().__init__(readbuflen=MAX_MESSAGE_BYTES)
+        self.logger = logging.Logger("quiet", logging.CRITICAL + 1)  # noqa: LOG001 - for this object only
+        self.events.event_filter = lambda _event: False
+        self.handler: EventHandler | None = None
+        self.taps: list[EventTap] = []
+        self.unanswered: set[str] = set()
+        self.heard = asyncio.Event()
+        self.register_listener(_Listener(self))
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        if isinstance(identifier := msg.get("id"), str):
+            self.unanswered.add(identifier)
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        self.heard.set()
+        if isinstance(identifier := msg.get("id"), str):
+            self.unanswered.discard(identifier)
+        return msg
+
+
+def _connect_socket(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(path)
+    except BlockingIOError as error:
+        sock.close()
+        raise MonitorMute(f"{path}: its backlog is full, QEMU accepts nobody") from error
+    except OSError as error:
+        sock.close()
+        raise MonitorClosed(f"{path}: {error.strerror or error}") from error
+    return sock
+
+
+def _peer_pid(sock: socket.socket) -> int:
+    """The pid of whoever called listen(); 0 when that process is outside this pid namespace."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def working_directory(proc: os.PathLike[str], pid: int) -> str:
+    """The directory where a process's relative paths start; "/" when it cannot be read."""
+    try:
+        return os.readlink(os.path.join(proc, str(pid), "cwd"))
+    except OSError:
+        return "/"
