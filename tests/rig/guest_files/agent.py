@@ -141,8 +141,10 @@ class Agent:
         number = self.next_job
         self.next_job += 1
         timeout = request.get("timeout")
-        with open(f"{JOBS}/{number}.in", "wb") as stdin:
-            stdin.write(base64.b64decode(request.get("stdin", "")))
+        contents = {"in": base64.b64decode(request.get("stdin", "")), "out": b"", "err": b""}
+        for name, content in contents.items():  # here, not in the child: a report may come before it runs
+            with open(f"{JOBS}/{number}.{name}", "wb") as file:
+                file.write(content)
         pid = os.fork()
         if pid == 0:
             become(number, request)
@@ -163,8 +165,8 @@ def become(number: int, request: Request) -> NoReturn:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         redirect(f"{JOBS}/{number}.in", os.O_RDONLY, 0)
-        redirect(f"{JOBS}/{number}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 1)
-        redirect(f"{JOBS}/{number}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 2)
+        redirect(f"{JOBS}/{number}.out", os.O_WRONLY, 1)
+        redirect(f"{JOBS}/{number}.err", os.O_WRONLY, 2)
         if "gid" in request:
             os.setgroups([])
             os.setgid(request["gid"])
@@ -197,7 +199,7 @@ def run_source(source: str, environment: dict[str, str]) -> int:
 
 
 def redirect(path: str, flags: int, target: int) -> None:
-    opened = os.open(path, flags, 0o644)
+    opened = os.open(path, flags)
     os.dup2(opened, target)
     os.close(opened)
 
