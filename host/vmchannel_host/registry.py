@@ -1,21 +1,42 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which instances of which VMs exist, existed, or left (S1, S9): the daemon's knowledge, without I/O.
 
-Fed with hypervisor events, looks and the durable records; emits what is to be remembered. A process that was once
-recorded stays an instance until its end is proven, whatever looks and monitors say.
+Fed with hypervisor events, looks and the durable records; emits what is to be remembered. A process that was
+once recorded stays an instance until its end is proven, whatever looks and monitors say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from typing import assert_never
 
-from vmchannel_host.hypervisors import HypervisorEvent
-from vmchannel_host.instance_state import InstanceState
+from vmchannel_host.conflicts import Conflict, ConflictKind, find_conflicts
+from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
+from vmchannel_host.instance_state import InstanceState, to_migration
 from vmchannel_host.journal_types import KnownInstance
-from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, Migration, ProcessIdentity, VmUuid
+from vmchannel_host.model import (
+    NIL_UUID,
+    HostName,
+    Instance,
+    InstanceEnded,
+    Look,
+    Migration,
+    ProcessIdentity,
+    VmUuid,
+)
 from vmchannel_host.policy import VmDirectory
+from vmchannel_host.vm_history import VmHistory
+
+__all__ = [
+    "Conflict",
+    "ConflictKind",
+    "RegistryRecord",
+    "RememberEnd",
+    "RememberInstance",
+    "TrackedInstance",
+    "VmRegistry",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,106 +69,141 @@ class TrackedInstance:
     name: str  # "" when never told
     state: InstanceState
     instance: Instance | None  # last report; None: known from the records, not seen since the daemon began
-    arrived: bool = False  # watched as the destination of a migration
-
-
-class ConflictKind(Enum):
-    """What is doubtful about the identity of a VM (S9)."""
-
-    NIL_UUID = "nil-uuid"  # QEMU without -uuid
-    TWO_NAMES = "two-names"  # one UUID, two names, no watched migration that joins them
-    TWO_INSTANCES = "two-instances"  # two processes of one VM, no migration
-    CONTRADICTION = "contradiction"  # a report that no sequence of states explains
-    LOOK = "look"  # told by the hypervisor's look
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """One doubt about identity."""
-
-    kind: ConflictKind
-    vm_uuid: VmUuid | None  # None: told by a look, of no single VM
-    text: str  # a sentence for people, names all concerned
-
-    @property
-    def refuses(self) -> bool:
-        """Whether no fence of the VM may be tried. Two instances of one name are both fenced instead (S2)."""
-        return self.kind in (ConflictKind.NIL_UUID, ConflictKind.TWO_NAMES)
 
 
 class VmRegistry:
     """What this host knows of its VMs. Methods that change it return what is to be remembered."""
 
     def __init__(self, host: HostName, *, standalone: bool) -> None:
-        raise NotImplementedError
+        self._host = host
+        self._standalone = standalone
+        self._vms: dict[VmUuid, VmHistory] = {}
+        self._directory: VmDirectory | None = None
+        self._look_conflicts: tuple[Conflict, ...] = ()
 
     def set_standalone(self, standalone: bool) -> None:
-        """Whether no other host could run these VMs, so that an end that nobody watched is no departure (S1)."""
-        raise NotImplementedError
+        """Whether no other host could run these VMs: then an end that nobody watched is no departure (S1)."""
+        self._standalone = standalone
+
+    # --- what happens
 
     def restore(self, rows: Iterable[KnownInstance]) -> None:
         """Take all remembered processes, oldest first; once, before anything else."""
-        raise NotImplementedError
+        by_vm: dict[VmUuid, list[KnownInstance]] = {}
+        for row in rows:
+            by_vm.setdefault(row.identity.vm_uuid, []).append(row)
+        for vm, known in by_vm.items():
+            self._history(vm).restore(known)
+        self._directory = None
 
     def apply(self, event: HypervisorEvent) -> tuple[RegistryRecord, ...]:
-        """A hypervisor saw an instance, or proved its end. Evidence of `Hypervisor.off` comes as `Ended` too."""
-        raise NotImplementedError
+        """A hypervisor saw an instance, or proved its end. Evidence of `Hypervisor.off` comes as `Ended`."""
+        match event:
+            case Seen(instance):
+                return self._seen(self._host, instance)
+            case Ended(evidence):
+                self._directory = None
+                kept = self._history(evidence.identity.vm_uuid).end(evidence)
+                return () if kept is None else (RememberEnd(kept),)
+            case _:
+                assert_never(event)
 
     def apply_look(self, look: Look) -> tuple[RegistryRecord, ...]:
         """Take a look. It adds and updates; what it does not show is not ended by that."""
-        raise NotImplementedError
+        self._look_conflicts = tuple(Conflict(ConflictKind.LOOK, None, text) for text in look.conflicts)
+        return tuple(record for instance in look.instances for record in self._seen(look.host, instance))
 
     def confirm_off(self, vm: VmUuid) -> None:
-        """The operator's word that a departed VM is off. It ends departures, never a process that is unproven.
+        """The operator's word that a departed VM is off. It ends departures, never an unproven process.
 
         The caller journals who said so, and says it again after `restore`.
         """
-        raise NotImplementedError
+        if vm in self._vms:
+            self._vms[vm].confirm_off()
+
+    # --- what is known
 
     def vms(self) -> frozenset[VmUuid]:
         """Every VM ever seen; never the nil UUID."""
-        raise NotImplementedError
+        return frozenset(vm for vm in self._vms if vm != NIL_UUID)
 
     def knows(self, vm: VmUuid) -> bool:
         """Whether any process of the VM was ever recorded."""
-        raise NotImplementedError
+        return vm in self._vms and vm != NIL_UUID
 
     def name(self, vm: VmUuid) -> str:
         """The VM's latest name, for people; "" when unknown."""
-        raise NotImplementedError
+        return self._vms[vm].name() if vm in self._vms else ""
 
     def names(self, vm: VmUuid) -> frozenset[str]:
-        """The names of all its unproven processes, or of the last one that ended."""
-        raise NotImplementedError
+        """The names of all its unproven processes, or of the last one that told a name."""
+        return self._vms[vm].names() if vm in self._vms else frozenset()
 
     def directory(self) -> VmDirectory:
-        """All VMs with their names, for the policy. The same object until a name changes."""
-        raise NotImplementedError
+        """All VMs with their names, for the policy. The same object until a name may have changed."""
+        if self._directory is None:
+            self._directory = VmDirectory({vm: self.names(vm) for vm in self.vms()})
+        return self._directory
 
     def instances(self, vm: VmUuid) -> tuple[Instance, ...]:
         """The last report of each instance seen since the daemon began whose end is not proven."""
-        raise NotImplementedError
+        return tuple(one.instance for one in self.unproven(vm) if one.instance is not None)
 
     def unproven(self, vm: VmUuid) -> tuple[TrackedInstance, ...]:
         """Every recorded process whose end is not proven, seen or not: what `off` must end or prove ended."""
-        raise NotImplementedError
+        return tuple(
+            TrackedInstance(one.host, one.identity, one.name, one.state, one.instance)
+            for one in (self._vms[vm].unproven() if vm in self._vms else ())
+        )
 
     def ended(self, vm: VmUuid) -> tuple[InstanceEnded, ...]:
-        """Proofs of the ends of its last processes, oldest first."""
-        raise NotImplementedError
+        """Proofs of the ends of its processes since the VM was last seen to live in another, oldest first."""
+        return self._vms[vm].ends() if vm in self._vms else ()
 
     def departed(self, vm: VmUuid) -> str | None:
         """Why the VM may live elsewhere (S1, *departure*), or None."""
-        raise NotImplementedError
+        return self._vms[vm].departure(standalone=self._standalone) if vm in self._vms else None
 
     def conflicts(self, vm: VmUuid) -> tuple[Conflict, ...]:
         """What is doubtful about the VM's identity now (S9)."""
-        raise NotImplementedError
+        return tuple(find_conflicts(vm, self._vms[vm])) if vm in self._vms else ()
 
     def all_conflicts(self) -> tuple[Conflict, ...]:
         """Conflicts of all VMs and of the last look."""
-        raise NotImplementedError
+        of_vms = (conflict for vm in sorted(self._vms) for conflict in self.conflicts(vm))
+        return (*of_vms, *self._look_conflicts)
 
     def objections(self, vm: VmUuid) -> tuple[str, ...]:
-        """All that stands against calling the VM off; empty is necessary for that claim, a fresh look also is."""
-        raise NotImplementedError
+        """All that stands against calling the VM off.
+
+        An empty answer is necessary for that claim and not enough: a fresh look must find nothing either. A VM
+        that was never seen has no objections here.
+        """
+        found = [
+            f"{one.identity} on {one.host} is not proven to have ended (last seen {one.state.value})"
+            for one in self.unproven(vm)
+        ]
+        departure = self.departed(vm)
+        if departure is not None:
+            found.append(departure)
+        found += (conflict.text for conflict in self.conflicts(vm) if conflict.refuses)
+        return tuple(found)
+
+    # --- helpers
+
+    def _seen(self, host: HostName, instance: Instance) -> tuple[RegistryRecord, ...]:
+        history = self._history(instance.vm_uuid)
+        names = history.names()
+        changed = history.see(host, instance)
+        if history.names() != names:
+            self._directory = None
+        if changed is None:
+            return ()
+        migration = to_migration(changed.state)
+        return (RememberInstance(changed.identity, changed.name, changed.host, migration),)
+
+    def _history(self, vm: VmUuid) -> VmHistory:
+        if vm not in self._vms:
+            self._vms[vm] = VmHistory()
+            self._directory = None
+        return self._vms[vm]
