@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`make bench`: run every measurement and print a table."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import core, rig
+from benchmarks.figures import machine_line
+
+
+def main() -> int:
+    """Print figures as they come: what, median, p99, unit, number of values."""
+    print(machine_line())
+    print(f"{'':46} {'median':>9} {'p99':>9}")
+    for measured in (core.round_trips(5000), core.throughput(5), rig.ends(10), rig.boots(3)):
+        print(measured.row(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The measurements run and sum up rightly. What they measure is no test's business."""
+
+from __future__ import annotations
+
+from benchmarks import core
+from benchmarks.figures import figure, machine_line
+from fence_vmchannel.connection import Data
+
+
+def test_a_figure_is_the_median_and_the_99th_percentile() -> None:
+    row = figure("thing", "ms", [float(n) for n in range(101)])
+    assert (row.median, row.p99, row.count) == (50.0, 99.0, 101)
+    assert "thing" in row.row()
+    assert len(row.row()) <= 80
+
+
+def test_the_core_measurements_carry_every_message() -> None:
+    assert core.round_trips(3).count == 3
+    assert core.throughput(1, mebibytes=1).median > 0
+    pair = core.Pair()
+    pair.guest.send(pair.channel, b"counted")
+    assert [event.data for _, event in pair.exchange() if isinstance(event, Data)] == [b"counted"]
+
+
+def test_the_machine_is_named_with_the_figures() -> None:
+    assert "cores" in machine_line()
