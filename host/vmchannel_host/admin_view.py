@@ -49,7 +49,7 @@ class VmView:
 
     uuid: str
     name: str  # untrusted text
-    power: str  # "on", "off" (proven), "unknown"
+    power: str  # "on", "gone" (no process of it is left here, as last watched; no claim), "unknown"
     instances: tuple[InstanceView, ...] = ()
     groups: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -161,6 +161,7 @@ class FenceOrder:
     action: FenceAction
     vm: str  # UUID, name or alias; the policy resolves it
     timeout_s: float
+    operator: str = ""  # who asks: the user of the socket's other end (SO_PEERCRED)
 
 
 class AdminView(Protocol):
@@ -195,7 +196,10 @@ class AdminView(Protocol):
         ...
 
     def events(self) -> AsyncIterator[AdminEvent]:
-        """What happens from now on. The implementer bounds each subscriber's queue and drops the oldest."""
+        """What happens from now on; an async generator is closed when the listener goes.
+
+        The implementer bounds each subscriber's queue and drops the oldest.
+        """
         ...
 
     async def verify_journal(self) -> VerifyResult: ...

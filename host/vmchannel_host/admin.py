@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The admin API: HTTP and JSON over a unix socket, for vmchannelctl, curl and Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+from aiohttp import web
+
+from vmchannel_host.admin_handlers import AdminHandlers
+from vmchannel_host.admin_json import AdminRefusal, dump
+from vmchannel_host.admin_metrics import Metrics
+from vmchannel_host.admin_socket import AdminSocket
+from vmchannel_host.admin_view import AdminView
+from vmchannel_host.journal_types import JournalError
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_BODY: Final = 16_384
+"""Largest request body, in bytes; the largest order has under 2,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdminLimits:
+    """What one client, or all of them, may hold."""
+
+    clients: int = 64  # connections; one more is answered 503 and closed
+    patience_s: float = 10.0  # for a request to arrive whole, and for an answer to be taken
+
+
+class AdminServer:
+    """Serves the admin API from `start` until `close`."""
+
+    def __init__(
+        self,
+        view: AdminView,
+        metrics: Metrics,
+        path: Path,
+        *,
+        group: str = "vmchannel",
+        limits: AdminLimits = AdminLimits(),
+    ) -> None:
+        """Build it; nothing is opened yet.
+
+        Args:
+            view: what is shown and asked.
+            metrics: /metrics; made to follow the view here.
+            path: of the unix socket.
+            group: who may connect beside root, where the group exists.
+            limits: of clients.
+        """
+        metrics.follow(view)
+        self._handlers = AdminHandlers(view, metrics, patience_s=limits.patience_s)
+        self._path = path
+        self._group = group
+        self._limits = limits
+        self._socket: AdminSocket | None = None
+        self._server: asyncio.AbstractServer | None = None
+        self._runner: web.AppRunner | None = None
+        self._quiet: dict[object, asyncio.TimerHandle] = {}  # connections without a request yet
+
+    async def start(self) -> None:
+        """Open the socket and serve.
+
+        Raises:
+            AdminSocketError: another daemon serves it, or the path cannot be used.
+        """
+        self._socket = AdminSocket(self._path, group=self._group)
+        application = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
+        application.add_routes(self._handlers.routes())
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await self._runner.setup()
+        self._server = await asyncio.get_running_loop().create_unix_server(
+            self._protocol, sock=self._socket.socket, backlog=128
+        )
+
+    async def close(self, *, timeout_s: float = 5.0) -> None:
+        """End: live views at once, fences that someone waits for after at most `timeout_s` seconds. Idempotent."""
+        self._handlers.stop()
+        if self._server is not None:
+            self._server.close()
+        if self._runner is not None:
+            server = self._runner.server
+            if server is not None:
+                await server.shutdown(timeout_s)
+            await self._runner.cleanup()
+            self._runner = None
+        for timer in self._quiet.values():
+            timer.cancel()
+        self._quiet.clear()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        """One connection. aiohttp bounds neither their number nor how long the first request may take."""
+        server = self._runner.server if self._runner else None
+        if server is None or len(server.connections) >= self._limits.clients:
+            return _Refuse()
+        protocol = server()
+        loop = asyncio.get_running_loop()
+
+        def drop() -> None:
+            self._quiet.pop(protocol, None)
+            protocol.force_close()
+
+        self._quiet[protocol] = loop.call_later(self._limits.patience_s, drop)
+        return protocol
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer every request with JSON, and send the answer in time or not at all."""
+        timer = self._quiet.pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+        response = await self._answer(request, handler)
+        if response.prepared:
+            return response
+        try:
+            async with asyncio.timeout(self._limits.patience_s):
+                await response.prepare(request)
+                await response.write_eof()
+        except (TimeoutError, ConnectionError):
+            request.protocol.force_close()  # it does not read: its answer is not kept for it
+        return response
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except AdminRefusal as refusal:
+            return refusal_response(refusal)
+        except web.HTTPException as error:
+            remedy = "see vmchannelctl(8) for the paths" if error.status in (404, 405) else ""
+            code = error.reason.lower().replace(" ", "_")
+            return refusal_response(AdminRefusal(error.status, code, error.reason, remedy))
+        except JournalError as error:
+            return refusal_response(
+                AdminRefusal(
+                    503, "journal", f"the journal: {error}", "mend what it names; fencing is refused"
+                )
+            )
+        except Exception as error:  # the top of a request: logged, and never an answer of success
+            logger.exception("admin request failed path=%r", request.path[:200])
+            return refusal_response(
+                AdminRefusal(
+                    500, "internal", f"internal error: {type(error).__name__}", "see the daemon's log"
+                )
+            )
+
+
+def refusal_response(refusal: AdminRefusal) -> web.Response:
+    """`{code, reason, remedy}` with its status."""
+    body = {"code": refusal.code, "reason": refusal.reason, "remedy": refusal.remedy}
+    return web.json_response(text=dump(body), status=refusal.status)
+
+
+class _Refuse(asyncio.Protocol):
+    """Tells a connection too many so, and closes it."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """(`asyncio.BaseProtocol`)"""
+        writer = cast("asyncio.WriteTransport", transport)
+        body = dump(
+            {"code": "limit", "reason": "too many admin clients", "remedy": "close some of them"}
+        ).encode()
+        writer.write(
+            b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        writer.close()
