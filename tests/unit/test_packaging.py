@@ -72,6 +72,12 @@ def test_the_source_archive_has_the_deployment_files_and_licences(built: Path) -
     assert beside | {"LICENSE", "LICENSES/LGPL-2.1-or-later.txt", "agents/LICENSE", "Makefile"} <= inside
 
 
+def test_both_licence_texts_travel_with_what_is_installed(built: Path) -> None:
+    [facts] = built.glob("*.egg-info/PKG-INFO")
+    named = [line for line in facts.read_text().splitlines() if line.startswith("License-File: ")]
+    assert named == ["License-File: LICENSE", "License-File: agents/LICENSE"]
+
+
 @pytest.mark.parametrize("package", ROOTS)
 def test_a_package_imports_only_what_it_may(package: str) -> None:
     wrong = [
