@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,11 @@ from typing import Final, cast
 
 from aiohttp import web
 
-from vmchannel_host.admin_handlers import AdminHandlers
+from vmchannel_host.admin_handlers import AdminHandlers, as_refusal
 from vmchannel_host.admin_json import AdminRefusal, dump
 from vmchannel_host.admin_metrics import Metrics
 from vmchannel_host.admin_socket import AdminSocket
 from vmchannel_host.admin_view import AdminView
-from vmchannel_host.journal_types import JournalError
-
-logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -82,7 +78,7 @@ class AdminServer:
         )
 
     async def close(self, *, timeout_s: float = 5.0) -> None:
-        """End: live views at once, fences that someone waits for after at most `timeout_s` seconds. Idempotent."""
+        """End: live views at once, fences that someone waits for after `timeout_s` seconds. Idempotent."""
         self._handlers.stop()
         if self._server is not None:
             self._server.close()
@@ -134,31 +130,17 @@ class AdminServer:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except AdminRefusal as refusal:
-            return refusal_response(refusal)
         except web.HTTPException as error:
             remedy = "see vmchannelctl(8) for the paths" if error.status in (404, 405) else ""
             code = error.reason.lower().replace(" ", "_")
             return refusal_response(AdminRefusal(error.status, code, error.reason, remedy))
-        except JournalError as error:
-            return refusal_response(
-                AdminRefusal(
-                    503, "journal", f"the journal: {error}", "mend what it names; fencing is refused"
-                )
-            )
-        except Exception as error:  # the top of a request: logged, and never an answer of success
-            logger.exception("admin request failed path=%r", request.path[:200])
-            return refusal_response(
-                AdminRefusal(
-                    500, "internal", f"internal error: {type(error).__name__}", "see the daemon's log"
-                )
-            )
+        except Exception as error:  # noqa: BLE001 - the top of a request: logged, never an answer of success
+            return refusal_response(as_refusal(error, request.path))
 
 
 def refusal_response(refusal: AdminRefusal) -> web.Response:
     """`{code, reason, remedy}` with its status."""
-    body = {"code": refusal.code, "reason": refusal.reason, "remedy": refusal.remedy}
-    return web.json_response(text=dump(body), status=refusal.status)
+    return web.json_response(text=dump(refusal.body), status=refusal.status)
 
 
 class _Refuse(asyncio.Protocol):

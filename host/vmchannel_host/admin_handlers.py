@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Final, TypeVar
 
@@ -23,6 +24,9 @@ from vmchannel_host.admin_json import (
 from vmchannel_host.admin_metrics import CONTENT_TYPE, Metrics
 from vmchannel_host.admin_socket import peer_user
 from vmchannel_host.admin_view import AdminEvent, AdminView, FenceOrder
+from vmchannel_host.journal_types import JournalError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -133,15 +137,22 @@ class AdminHandlers:
         async with asyncio.TaskGroup() as tasks:
             writer = tasks.create_task(stream.copy(lines), name="fence progress")
             try:
-                last = ("answer", answer_json(await self._order(order, take)))
-            except AdminRefusal as refusal:
-                last = ("error", _refusal_json(refusal))
+                kind, body = await self._outcome(request, order, take)
             finally:
                 writer.cancel()
         while not lines.empty():
             await stream.send("progress", to_json(lines.get_nowait()))
-        await stream.send(*last)
+        await stream.send(kind, body)
         return await stream.end()
+
+    async def _outcome(
+        self, request: web.Request, order: FenceOrder, progress: Callable[[FenceProgress], None]
+    ) -> tuple[str, object]:
+        """The last event of a fence: its answer, or why there is none."""
+        try:
+            return "answer", answer_json(await self._order(order, progress))
+        except Exception as error:  # noqa: BLE001 - the head is sent: what failed is told as an event
+            return "error", as_refusal(error, request.path).body
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if self._streams >= _STREAMS:
@@ -177,6 +188,16 @@ class AdminHandlers:
         finally:
             await _end(stop)
             await _end(following)
+
+
+def as_refusal(error: Exception, path: str) -> AdminRefusal:
+    """What a failed request is answered; an error that nobody expected is logged."""
+    if isinstance(error, AdminRefusal):
+        return error
+    if isinstance(error, JournalError):
+        return AdminRefusal(503, "journal", f"the journal: {error}", "mend what it names; fencing is refused")
+    logger.error("admin request failed path=%r", path[:200], exc_info=error)
+    return AdminRefusal(500, "internal", f"internal error: {type(error).__name__}", "see the daemon's log")
 
 
 class _Stream:
@@ -240,10 +261,6 @@ async def _end(task: asyncio.Task[T]) -> None:
 
 def _json(value: object) -> web.Response:
     return web.json_response(text=dump(value))
-
-
-def _refusal_json(refusal: AdminRefusal) -> dict[str, str]:
-    return {"code": refusal.code, "reason": refusal.reason, "remedy": refusal.remedy}
 
 
 def _operator(request: web.Request) -> str:

@@ -40,6 +40,11 @@ class AdminRefusal(Exception):
         self.reason = reason
         self.remedy = remedy
 
+    @property
+    def body(self) -> dict[str, str]:
+        """As it is sent."""
+        return {"code": self.code, "reason": self.reason, "remedy": self.remedy}
+
 
 REMEDIES: Final[Mapping[FenceCode, tuple[int, str]]] = {
     FenceCode.DONE: (200, ""),

@@ -25,8 +25,8 @@ class AdminSocket:
     def __init__(self, path: Path, *, group: str = "vmchannel", mode: int = 0o660) -> None:
         """Take the lock, remove what a dead daemon left, bind.
 
-        The socket is made under another name with mode 0600 and renamed when owner and mode are right, so that
-        nobody meets it half made, and a client never finds the path empty between two daemons.
+        The socket is made under another name with mode 0600 and renamed when owner and mode are right, so
+        that nobody meets it half made, and a client never finds the path empty between two daemons.
 
         Args:
             path: of the socket; its lock is `PATH.lock`.
