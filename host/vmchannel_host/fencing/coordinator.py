@@ -1,36 +1,37 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The shell around fence operations: it runs what `operation.py` decides, on this host's hypervisor, journal and bus.
+"""The fence operations of this host: intents into the agreed order, one operation per VM (S12), resumption.
 
-One destructive operation per VM (S12); an intent is durable before anything acts, and its outcome before anybody is
-told; every wait ends with the intent (CLOCK_BOOTTIME).
+Each operation runs in a `Run` of its own; what one waits for holds up no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, assert_never
 
-from fence_vmchannel.messages import FenceAction
-from vmchannel_host.fencing.ordered import Outcome
-from vmchannel_host.model import OperationId, VmUuid
+from fence_vmchannel.messages import FenceAction, FenceCode
+from vmchannel_host.bus import Delivered as BusDelivered
+from vmchannel_host.fencing import codec
+from vmchannel_host.fencing.events import Delivered, Joined, TakenOver
+from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Process, StartReport
+from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
+from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
+from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
+from vmchannel_host.journal_types import JournalError
+from vmchannel_host.model import BootId, OperationId, VmUuid
 
-Progress = Callable[[OperationId, str, int], None]
-"""Called with (operation, a line for people, milliseconds since the intent). Must not block or raise."""
+RESUME_LIMIT: Final = 1000
+"""How many of the latest operations a start looks through for unfinished ones."""
 
-
-@dataclass(frozen=True, slots=True)
-class FenceSettings:
-    """The `fencing` and `cluster` parts of host.yaml that decide what counts."""
-
-    quit_timeout_s: float = 1.0
-    timeout_s: float = 40.0  # no operation lasts longer
-    settle: bool = True  # after_kill: settle (True) or accept (False), S1
-    standalone: bool = True  # no other host could run these VMs: an unwatched end counts (S1)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the service asks of the coordinator: a destructive action on a VM that the policy has resolved."""
+    """What the service asks for: a destructive action on a VM that the policy has resolved."""
 
     action: FenceAction  # OFF, ON or REBOOT
     vm: VmUuid
@@ -51,36 +52,275 @@ class RunningOperation:
     vm: VmUuid
     name: str
     requester: VmUuid | None
-    phase: str  # OperationState in lower case
+    phase: str  # the machine's state; "waiting" when it has joined another
     begun_at: float  # CLOCK_BOOTTIME, seconds
     end: float
+    lines: tuple[str, ...]
 
 
 class Coordinator:
-    """Runs fence operations. `run()` must be running; `resume()` comes first, before the service takes requests."""
+    """Runs fence operations. `resume` comes first, before the service takes requests; the tasks must run."""
 
-    async def run(self) -> None:
-        """Own the tasks of all operations, until cancelled."""
-        raise NotImplementedError
+    def __init__(self, shell: Shell, settings: FenceSettings, boot_id: BootId) -> None:
+        self._shell = shell
+        self._settings = settings
+        self._boot_id = boot_id
+        self._schedule = Schedule()
+        self._runs: dict[OperationId, Run] = {}
+        self._starting: dict[OperationId, VmUuid] = {}  # start commands that have not returned
+        shell.bus.subscribe(self._deliver)
+        shell.instances.subscribe(self._news)
 
-    async def resume(self) -> None:
-        """Take up what the journal holds without an outcome, after a restart: finish it or record its failure.
+    @property
+    def settings(self) -> FenceSettings:
+        """The settings in force."""
+        return self._settings
 
-        An `off` (or the off part of a reboot) is run again until its end; an `on` whose start was journaled is
-        looked at, and never started a second time. Returns when each is taken up, not when it is finished.
-
-        Raises:
-            JournalError: the journal cannot be read; serve no requests.
-        """
-        raise NotImplementedError
-
-    async def execute(self, order: Order, operation: OperationId, progress: Progress) -> Outcome:
-        """Carry out an order, or join the same action on the same VM (S12); returns by `order.end`, never raises for failure.
-
-        Cancelling it means that nobody waits any more; the intent goes on.
-        """
-        raise NotImplementedError
+    def set_settings(self, settings: FenceSettings) -> None:
+        """Take a reloaded configuration; operations that run keep their rules."""
+        self._settings = settings
 
     def running(self) -> tuple[RunningOperation, ...]:
         """All operations that have not ended."""
-        raise NotImplementedError
+        return tuple(_view(run) for run in self._runs.values())
+
+    async def execute(
+        self, order: Order, operation: OperationId, progress: Progress, may_begin: Callable[[], str]
+    ) -> Outcome:
+        """Carry out an order, or join the same action on the same VM.
+
+        Waits until `order.end` at the longest (and for the journal, which has its own time-out); never raises
+        for failure. Cancelling it means that nobody waits any more; the intent goes on.
+
+        Args:
+            may_begin: asked once, when the intent is durable and not yet published: why it must not be
+                published any more, or "".
+        """
+        intent = self._intent(order, operation)
+        try:
+            await self._shell.journal.append(codec.INTENT, operation, codec.intent_body(intent))
+        except JournalError as error:
+            return failed(operation, FenceCode.UNAVAILABLE, f"the journal cannot take the intent: {error}")
+        run = self._new_run(intent)
+        run.listeners.append(progress)
+        reason = may_begin()
+        if reason:
+            run.end(failed(operation, FenceCode.STALE, reason))
+        elif self._shell.clock() >= order.end:
+            run.end(failed(operation, FenceCode.STALE, "time was over before anything was done"))
+        else:
+            run.publish(intent)
+        return await self._wait(run, order.end)
+
+    async def wait(self, operation: OperationId, until: float) -> Outcome | None:
+        """The outcome of an operation that runs, or a failure at `until` (CLOCK_BOOTTIME, seconds).
+
+        None when no such operation runs.
+        """
+        run = self._runs.get(operation)
+        return None if run is None else await self._wait(run, until)
+
+    async def past_outcome(self, operation: OperationId) -> Outcome | None:
+        """The outcome that the journal holds; None when it holds none.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        for record in await self._shell.journal.operation(operation):
+            if record.kind == codec.OUTCOME:
+                try:
+                    return codec.read_outcome(operation, record.body)
+                except codec.Unreadable as error:
+                    _log.error("op=%s: unreadable outcome: %s", operation, error)
+        return None
+
+    async def resume(self) -> None:
+        """Take up what the journal holds without an outcome, after a restart.
+
+        An `off` is run again until its end, and so is a reboot or `on` that had not acted, or had begun to
+        destroy; one whose start may have run is only looked at; a reset that may have run has failed. Returns
+        when each is taken up, not when it is finished.
+
+        Raises:
+            JournalError: the journal cannot be read or written; serve no requests.
+        """
+        await self._shell.tasks.opened()
+        for row in reversed(await self._shell.journal.operations(RESUME_LIMIT)):
+            if row.first.kind != codec.INTENT:
+                continue
+            records = await self._shell.journal.operation(row.operation)
+            outcome = next((one for one in records if one.kind == codec.OUTCOME), None)
+            vm = row.first.body.get("vm")
+            if outcome is None:
+                phases = [str(one.body.get("phase")) for one in records if one.kind == codec.PHASE]
+                await self._take_up(row.operation, row.first.body, phases)
+            elif outcome.boot_id == self._boot_id and isinstance(vm, str):
+                self._schedule.end(row.operation, VmUuid(vm), outcome.boottime)
+
+    # intents
+
+    def _intent(self, order: Order, operation: OperationId) -> Intent:
+        registry, now = self._shell.instances.registry, self._shell.clock()
+        known = {Process(one.host, one.identity) for one in registry.unproven(order.vm)}
+        return Intent(
+            operation=operation,
+            action=order.action,
+            vm=order.vm,
+            name=order.name,
+            requester=order.requester,
+            requested_at=order.requested_at,
+            coordinator=self._shell.bus.host,
+            boot_id=self._boot_id,
+            begun_at=now,
+            end=min(order.end, now + self._settings.timeout_s),
+            hosts=tuple(sorted(self._shell.bus.hosts())),
+            named=tuple(sorted(known)),
+            recognised=order.named or registry.knows(order.vm),
+            request_id=order.request_id,
+        )
+
+    async def _take_up(self, operation: OperationId, body: codec.Body, phases: Sequence[str]) -> None:
+        try:
+            phase = Phase(phases[-1]) if phases else Phase.BEGUN
+            intent = codec.read_intent(operation, body, phase)
+        except (codec.Unreadable, ValueError) as error:
+            _log.error("op=%s: unreadable intent: %s", operation, error)
+            lost: codec.Body = {"ok": False, "code": "failed", "reason": "the intent cannot be read"}
+            await self._shell.journal.append(codec.OUTCOME, operation, lost)
+            return
+        if intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:
+            reason = "the host daemon was down at its end; the outcome is unknown"
+            outcome = failed(operation, FenceCode.FAILED, reason)
+            await self._shell.journal.append(codec.OUTCOME, operation, codec.outcome_body(outcome, intent, 0))
+            return
+        _log.info("op=%s vm=%s: taken up again after a restart (%s)", operation, intent.vm, phase.value)
+        self._new_run(intent).publish(intent)
+
+    def _new_run(self, intent: Intent) -> Run:
+        run = Run(self._shell, intent, on_start=self._starts, on_end=self._ended)
+        self._runs[intent.operation] = run
+        run.done.add_done_callback(lambda _: self._runs.pop(intent.operation, None))
+        return run
+
+    async def _wait(self, run: Run, until: float) -> Outcome:
+        clock = self._shell.clock
+        while not run.done.done() and (left := until - clock()) > 0:
+            await asyncio.wait((run.done,), timeout=min(MAX_SLEEP_S, left))
+        if run.done.done() and not run.done.cancelled():
+            return run.done.result()
+        reason = "no outcome in time: unknown; what was begun goes on until its own end"
+        return failed(run.intent.operation, FenceCode.DEADLINE, reason)
+
+    # deliveries, in agreed order
+
+    def _deliver(self, delivered: BusDelivered[Ordered]) -> None:
+        message = delivered.message
+        if isinstance(message, Intent):
+            run = self._runs.get(message.operation) or self._new_run(message)
+            run.token = delivered.token
+            self._place(run)
+            return
+        run = self._runs.get(message.operation)
+        if isinstance(message, StartReport):
+            self._start_returned(message)
+        if run is None:
+            return
+        if isinstance(message, Outcome):
+            run.apply(Delivered(message, delivered.valid))
+        else:
+            run.take(message)
+
+    def _place(self, run: Run) -> None:
+        placement = self._schedule.place(run.intent)
+        operation = run.intent.operation
+        match placement:
+            case Begin():
+                self._begin(run)
+            case TakeOver(other):
+                self._runs[other].apply(TakenOver(operation))
+                self._begin(run)
+            case Join(other):
+                self._join(run, self._runs[other])
+            case Busy(other, action):
+                reason = (
+                    f"busy op={other}: {action.name.lower()} of this VM runs; ask again when it has ended"
+                )
+                run.end(failed(operation, FenceCode.BUSY, reason))
+            case Void(other):
+                reason = f"void: the requester is itself the target of op={other}"
+                run.end(failed(operation, FenceCode.VOID, reason))
+            case _:
+                assert_never(placement)
+
+    def _begin(self, run: Run) -> None:
+        intent = run.intent
+        _log.info(
+            "op=%s vm=%s name=%r action=%s requester=%s: begun",
+            intent.operation,
+            intent.vm,
+            intent.name[:100],
+            intent.action.name.lower(),
+            intent.requester or "operator",
+        )
+        pending = tuple(sorted(one for one, vm in self._starting.items() if vm == intent.vm))
+        run.begin(self._settings, pending)
+
+    def _join(self, run: Run, other: Run) -> None:
+        share = other.machine is not None and other.machine.joinable
+        run.spawn(self._follow(run, other, share=share), "follow")
+        if share:
+            other.apply(Joined())
+
+    async def _follow(self, run: Run, other: Run, *, share: bool) -> None:
+        """Wait for the operation that runs; then share its outcome, or take one's own turn."""
+        operation = run.intent.operation
+        outcome = await self._wait(other, run.intent.end)
+        if self._shell.clock() >= run.intent.end:
+            reason = f"op={other.intent.operation}, which it joined, has not ended in time: unknown"
+            run.end(failed(operation, FenceCode.DEADLINE, reason))
+        elif share:
+            reason = f"{outcome.reason} (joined op={other.intent.operation})"
+            run.end(replace(outcome, operation=operation, reason=reason))
+        else:
+            self._place(run)
+
+    def _ended(self, run: Run) -> None:
+        if run.machine is not None:  # one that only waited was never the VM's operation
+            self._schedule.end(run.intent.operation, run.intent.vm, self._shell.clock())
+
+    def _starts(self, run: Run) -> None:
+        self._starting[run.intent.operation] = run.intent.vm
+
+    def _start_returned(self, report: StartReport) -> None:
+        """The VM's present operation may wait for the start of an earlier one."""
+        vm = self._starting.pop(report.operation, None)
+        running = self._schedule.running(vm) if vm is not None else None
+        if running is not None and running.operation != report.operation:
+            self._runs[running.operation].apply(report)
+
+    def _news(self, event: HypervisorEvent) -> None:
+        match event:
+            case Seen(instance):
+                vm = instance.vm_uuid
+            case Ended(evidence=end):
+                vm = end.identity.vm_uuid
+            case _:
+                assert_never(event)
+        running = self._schedule.running(vm)
+        if running is not None:
+            self._runs[running.operation].stir()
+
+
+def _view(run: Run) -> RunningOperation:
+    intent = run.intent
+    return RunningOperation(
+        operation=intent.operation,
+        action=intent.action,
+        vm=intent.vm,
+        name=intent.name,
+        requester=intent.requester,
+        phase=run.phase,
+        begun_at=intent.begun_at,
+        end=intent.end,
+        lines=run.machine.lines if run.machine is not None else (),
+    )

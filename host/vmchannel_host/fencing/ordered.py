@@ -33,6 +33,18 @@ class Process:
         return f"{self.identity} on {self.host}"
 
 
+class Phase(Enum):
+    """How far an operation had got.
+
+    Durable before the phase begins, so that a restart knows what may have run.
+    """
+
+    BEGUN = "begun"  # nothing that acts
+    DESTROYING = "destroying"  # instances are being destroyed
+    RESETTING = "resetting"  # system_reset may have been sent
+    STARTING = "starting"  # off is proven; the start command may have run
+
+
 @dataclass(frozen=True, slots=True)
 class Intent:
     """An accepted fence operation (S2). Durable before it is published."""
@@ -51,9 +63,7 @@ class Intent:
     named: tuple[Process, ...]  # every incarnation found: alive, or recorded without a proven end
     recognised: bool  # the VM was seen once, or the policy names its UUID (S1, *a VM never seen*)
     request_id: bytes
-    start_pending: tuple[OperationId, ...] = ()  # starts of earlier operations that have not returned
-    resumed: bool = False  # run again after a restart of the coordinator
-    start_journaled: bool = False  # resumed, and its start may have run: never start a second time
+    resumed: Phase | None = None  # taken up again after a restart: the last phase that was durable
 
 
 class Part(Enum):
@@ -95,6 +105,7 @@ class LookReport:
     ] = ()  # how the VM's latest recorded processes ended, this operation's included
     departed: str = ""  # why this host must take the VM for departed; "" when not (S1)
     conflict: str = ""  # doubt about the VM's identity (S9); "" when none
+    objections: tuple[str, ...] = ()  # what else this host's registry holds against calling the VM off
     can_start: bool = False  # this host has a way to start the VM
 
 
