@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which local users may open or offer which service: pure rules over the credentials that the kernel gives."""
+"""Which local users may open or offer which service: pure rules over the kernel's credentials."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class AccessRule:
 ANYBODY = AccessRule(anybody=True)
 ROOT_ONLY = AccessRule()
 
-_NOTHING: Mapping[str, AccessRule] = MappingProxyType({})
+
+def _nothing() -> Mapping[str, AccessRule]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ class AccessRules:
     so that no user can pass himself off as, say, the fence service.
     """
 
-    open: Mapping[str, AccessRule] = field(default=_NOTHING)
-    offer: Mapping[str, AccessRule] = field(default=_NOTHING)
+    open: Mapping[str, AccessRule] = field(default_factory=_nothing)
+    offer: Mapping[str, AccessRule] = field(default_factory=_nothing)
     open_default: AccessRule = ANYBODY
     offer_default: AccessRule = ANYBODY
     reserved_prefix: str = "org.vmchannel."

@@ -62,6 +62,6 @@ def parse_address(text: str) -> Address:
 
 
 def check_service(name: str) -> None:
-    """Raise `LocalProtocolError` unless `name` can name a service (letters, digits, `_`, `-`, dots between)."""
+    """Raise `LocalProtocolError` unless `name` can name a service (letters, digits, `_`, `-`, dots)."""
     if len(name) > _MAX_SERVICE or not _SERVICE.fullmatch(name):
         raise LocalProtocolError(f"{name[:64]!r} is no service name such as 'org.example.clipboard'")

@@ -33,6 +33,9 @@ class PortPaths:
     proc: str = "/proc"
 
 
+SYSTEM_PATHS: Final = PortPaths()
+
+
 @dataclass(frozen=True, slots=True)
 class FoundPort:
     """A port of this machine."""
@@ -61,7 +64,7 @@ class Uevent:
     device: str  # DEVNAME, for instance "vport0p1"
 
 
-def scan_ports(paths: PortPaths = PortPaths()) -> list[FoundPort]:
+def scan_ports(paths: PortPaths = SYSTEM_PATHS) -> list[FoundPort]:
     """All ports that have a name now, in the order of their nodes. A port that goes meanwhile is left out."""
     found: list[FoundPort] = []
     try:
@@ -75,7 +78,7 @@ def scan_ports(paths: PortPaths = PortPaths()) -> list[FoundPort]:
     return found
 
 
-def find_port(name: str, paths: PortPaths = PortPaths()) -> FoundPort:
+def find_port(name: str, paths: PortPaths = SYSTEM_PATHS) -> FoundPort:
     """The port called `name`. Look it up at every open: a port that returns may get another node.
 
     Raises:
@@ -91,7 +94,7 @@ def find_port(name: str, paths: PortPaths = PortPaths()) -> FoundPort:
     )
 
 
-def open_port(name: str, paths: PortPaths = PortPaths()) -> GuestPort:
+def open_port(name: str, paths: PortPaths = SYSTEM_PATHS) -> GuestPort:
     """Find and open the port called `name`; does not wait.
 
     Raises:
@@ -108,7 +111,7 @@ def open_port(name: str, paths: PortPaths = PortPaths()) -> GuestPort:
         raise PortBusy(f"port {name} ({port.node}) is held by {by}") from error
 
 
-def holder_of(node: str, paths: PortPaths = PortPaths()) -> Holder | None:
+def holder_of(node: str, paths: PortPaths = SYSTEM_PATHS) -> Holder | None:
     """The process that has the device node open, or None when none can be seen (that needs root)."""
     try:
         wanted = os.stat(node).st_rdev
@@ -121,7 +124,7 @@ def holder_of(node: str, paths: PortPaths = PortPaths()) -> Holder | None:
 
 
 def parse_uevent(datagram: bytes) -> Uevent | None:
-    """Read one datagram of NETLINK_KOBJECT_UEVENT; None if it is not the kernel's (udev's begin "libudev")."""
+    """Read one datagram of NETLINK_KOBJECT_UEVENT; None if it is not the kernel's (udev sends some too)."""
     head, _, rest = datagram.partition(b"\0")
     action, at, path = head.partition(b"@")
     if not at or not path.startswith(b"/"):

@@ -14,24 +14,33 @@ from fence_vmchannel.tlv import tagged
 
 @dataclass(frozen=True, slots=True)
 class PortAdded:
-    """This machine has a virtio-serial port of that name."""
+    """A port has come: in a guest one of its own, on a host one of a VM's."""
 
     port: str = tagged(1)
+    peer: str = tagged(2)  # to whom it leads: "host", or the VM's name
+    key: str = tagged(3, default="")  # what tells peers of one name apart: the VM's UUID
 
 
 @dataclass(frozen=True, slots=True)
 class PortRemoved:
-    """The port has gone (unplugged, or its driver unloaded)."""
+    """The port has gone (unplugged, its driver unloaded, or the VM has ended)."""
 
     port: str = tagged(1)
+    peer: str = tagged(2)
+    key: str = tagged(3, default="")
 
 
 @dataclass(frozen=True, slots=True)
 class PortUnusable:
-    """The port is there, but cannot be opened: another program holds it, or permission is missing."""
+    """The port cannot be opened: another program holds it, permission is missing, its VM does not listen.
+
+    Told once for each reason; the hub goes on trying.
+    """
 
     port: str = tagged(1)
-    reason: str = tagged(2)
+    peer: str = tagged(2)
+    reason: str = tagged(3)
+    key: str = tagged(4, default="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +118,13 @@ HubEvent = (
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """One peer of a hub, now."""
+    """One peer of a hub, by one port, now."""
 
     peer: str = tagged(1)
     port: str = tagged(2)
     kind: str = tagged(3)  # "host", "vm" or "local"
-    connected: bool = tagged(4)
+    present: bool = tagged(12)  # the port is there
+    connected: bool = tagged(4)  # the peer has greeted: channels work
     session: str = tagged(5)
     software: str = tagged(6)  # untrusted text
     channels: int = tagged(7)
@@ -125,20 +135,10 @@ class PeerStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class PortStatus:
-    """One virtio-serial port that the hub has seen on its own machine."""
-
-    port: str = tagged(1)
-    present: bool = tagged(2)
-    detail: str = tagged(3, default="")
-
-
-@dataclass(frozen=True, slots=True)
 class HubStatus:
     """A hub, now."""
 
     software: str
     boot_id: str
     peers: tuple[PeerStatus, ...] = ()
-    ports: tuple[PortStatus, ...] = ()
     services: tuple[ServiceOffered, ...] = ()

@@ -11,19 +11,20 @@ payload is an `Origin`. `docs/protocol.md`, section "Local applications", is the
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from fence_vmchannel.errors import RemoteProtocolError
 from fence_vmchannel.hub_events import (
     HubEvent,
+    HubStatus,
     Overflow,
     PeerConnected,
     PeerDisconnected,
     PeerStatus,
     PortAdded,
     PortRemoved,
-    PortStatus,
     PortUnusable,
     ServiceOffered,
     ServiceWithdrawn,
@@ -70,7 +71,7 @@ class Origin:
 
 
 HubQuery = StatusQuery | WatchQuery | OfferQuery
-LocalMessage = HubQuery | HubInfo | Origin | PeerStatus | PortStatus | HubEvent
+LocalMessage = HubQuery | HubInfo | Origin | PeerStatus | HubEvent
 
 _KIND = struct.Struct(">H")
 _CLASSES: Final[dict[int, type[LocalMessage]]] = {
@@ -90,7 +91,6 @@ _CLASSES: Final[dict[int, type[LocalMessage]]] = {
     24: Synced,
     25: Overflow,
     32: PeerStatus,
-    33: PortStatus,
 }
 _KINDS: Final[dict[type[LocalMessage], int]] = {cls: kind for kind, cls in _CLASSES.items()}
 
@@ -110,3 +110,18 @@ def decode_local(data: bytes) -> LocalMessage | None:
         raise RemoteProtocolError("a message without a kind")
     cls = _CLASSES.get(_KIND.unpack_from(data)[0])
     return None if cls is None else decode(cls, data[_KIND.size :])
+
+
+def gather_status(greeting: bytes, items: Iterable[bytes]) -> HubStatus:
+    """The answer to a `StatusQuery`, from the ACCEPT's payload and the messages.
+
+    Raises:
+        RemoteProtocolError: it is malformed.
+    """
+    info = decode_local(greeting)
+    if not isinstance(info, HubInfo):
+        raise RemoteProtocolError("the hub does not say who it is")
+    messages = [decode_local(item) for item in items]
+    peers = tuple(message for message in messages if isinstance(message, PeerStatus))
+    services = tuple(message for message in messages if isinstance(message, ServiceOffered))
+    return HubStatus(info.software, info.boot_id, peers, services)

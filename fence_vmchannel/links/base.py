@@ -31,7 +31,7 @@ class Link(Protocol):
         ...
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when something has changed; `refresh` makes it unreadable again."""
+        """A descriptor that is readable when something has changed, until `refresh`."""
         ...
 
     def refresh(self) -> None:
@@ -43,7 +43,7 @@ class Link(Protocol):
         ...
 
     def send(self, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes were taken, 0 when none can be now. Raises LinkError."""
+        """Write some of `data`; returns how many bytes were taken, maybe 0. Raises LinkError."""
         ...
 
     def close(self) -> None:

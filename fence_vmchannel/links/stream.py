@@ -112,7 +112,7 @@ def try_connect(path: str) -> socket.socket | None:
 
 
 def peer_credentials(sock: socket.socket) -> Credentials:
-    """Who is at the other end of a connected unix socket: for a server the client, for a client the listener."""
+    """Who is at the other end of a unix socket: for a server the client, for a client the listener."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, gid = struct.unpack("3i", raw)
     return Credentials(pid, uid, gid, _peer_groups(sock))

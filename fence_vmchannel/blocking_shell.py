@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A `Shell` driven by whoever waits: poll, no event loop, no thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from fence_vmchannel.connection import Connection
+from fence_vmchannel.errors import (
+    ChannelError,
+    CloseCode,
+    DeadlineExceeded,
+    HubUnreachable,
+    LinkError,
+    RemoteProtocolError,
+)
+from fence_vmchannel.events import ChannelOpened, Limits, PeerIdentity, Role
+from fence_vmchannel.links.base import Link, wait_for
+from fence_vmchannel.local_protocol import Origin, decode_local
+from fence_vmchannel.peers import PeerInfo, PeerKind
+from fence_vmchannel.shell import Shell
+
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
+
+_MAX_UNCLAIMED: Final = 64
+"""Channels that peers opened to one of our offers and that nobody has fetched; more are refused."""
+
+
+class BlockingShell(Shell):
+    """One connection, run by whoever waits for something on it. Times are of `time.monotonic`."""
+
+    def __init__(self, link: Link, where: str, peer: PeerInfo, identity: PeerIdentity) -> None:
+        connection = Connection(Role.GUEST, identity, random_bytes=os.urandom, limits=Limits(channels=64))
+        super().__init__(peer, connection, time.monotonic)
+        self._where = where
+        self._gone = ""
+        self.offers: dict[str, deque[tuple[ChannelOpened, Origin]]] = {}  # channels not fetched yet
+        self.begin(link)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the connection has ended."""
+        return bool(self._gone)
+
+    def wait(self, done: Callable[[], bool], deadline: float, what: str) -> None:
+        """Run the connection until `done`.
+
+        Raises:
+            DeadlineExceeded: the deadline came first.
+            HubUnreachable, LinkError: the connection (to a hub, over a port) ended first.
+        """
+        while (link := self._link) is not None:
+            try:
+                more = self.turn()
+            except LinkError as error:
+                self.stop(str(error))
+                break
+            if done():
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                why = f" ({self.detail})" if self.detail else ""
+                raise DeadlineExceeded(f"{what}: no answer from {self._where} in time{why}")
+            due = self.connection.next_deadline()
+            if not more:
+                wait_for(link, (deadline if due is None else min(deadline, due)) - now)
+        if not done():
+            kind = HubUnreachable if self.peer.kind is PeerKind.LOCAL else LinkError
+            raise kind(f"{self._where} has gone: {self._gone}")
+
+    def drain(self, timeout_s: float) -> None:
+        """Write what is queued, for at most `timeout_s` seconds."""
+        try:
+            self.wait(lambda: self.drained, time.monotonic() + timeout_s, "closing")
+        except ChannelError as error:
+            log.debug("closing %s: %s", self._where, error)
+
+    def stop(self, reason: str) -> None:
+        """End the connection and all channels."""
+        self._gone = self._gone or reason
+        self.finish(reason)
+        self.drop_users(CloseCode.PEER_GONE, reason)
+
+    def channel_opened(self, event: ChannelOpened) -> None:
+        """See `Shell`."""
+        unclaimed = self.offers.get(event.target)
+        if unclaimed is None:
+            self.close(event.channel, CloseCode.UNKNOWN_SERVICE, "the application offers it no more")
+        elif len(unclaimed) >= _MAX_UNCLAIMED:
+            self.close(event.channel, CloseCode.LIMIT, "the application does not keep up")
+        else:
+            origin = decode_local(event.payload)
+            if not isinstance(origin, Origin):
+                raise RemoteProtocolError("the hub does not say who opens a channel")
+            unclaimed.append((event, origin))

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The hub: owns the connections to peers and to local applications, and joins them by channels.
+
+The same class serves a guest (its ports lead to the one peer "host") and a host (each VM's chardev is a
+peer). Peers cannot hurt one another: each has its own endpoint and task; what fails there is logged and stays
+there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Final
+
+from fence_vmchannel.access import AccessRules, Credentials
+from fence_vmchannel.addresses import HUB_SERVICE, PORT_PREFIX, Address, check_service
+from fence_vmchannel.channel import Channel
+from fence_vmchannel.connection import Connection
+from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
+from fence_vmchannel.endpoint import Endpoint
+from fence_vmchannel.errors import CloseCode, LocalProtocolError
+from fence_vmchannel.events import Limits, PeerIdentity, Priority, Role
+from fence_vmchannel.hub_events import HubEvent, HubStatus
+from fence_vmchannel.hub_local import HubService, LocalObserver, LocalServer
+from fence_vmchannel.hub_peers import Connector, Peer, PeerObserver, PeerTable, keep_linked, peer_status
+from fence_vmchannel.hub_ports import MAX_PORTS, PortConnector, follow_ports
+from fence_vmchannel.hub_router import OwnService, Router
+from fence_vmchannel.hub_watch import Watch, WatchList
+from fence_vmchannel.links.local import BACKLOG, LocalListener
+from fence_vmchannel.messages import FENCE_SERVICE
+from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
+from fence_vmchannel.serving import Handler
+from fence_vmchannel.supervisor import Supervisor
+
+DEFAULT_PRIORITIES: Final[Mapping[str, Priority]] = MappingProxyType({FENCE_SERVICE: Priority.FENCING})
+
+DEFAULT_ACCESS: Final = AccessRules()
+DEFAULT_LIMITS: Final = Limits()
+"""Of one peer's connection."""
+
+LOCAL_LIMITS: Final = Limits(channels=256, session_bytes=33_554_432)
+"""Of one local application."""
+
+_DRAIN_S = 0.5
+
+
+def boot_clock() -> float:
+    """Seconds since the kernel booted, suspension included: deadlines hold across a suspended host."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Hub:
+    """A running hub: `async with Hub(identity) as hub: ...`. Belongs to one event loop; nothing here blocks
+    it.
+    """
+
+    def __init__(
+        self,
+        identity: PeerIdentity,
+        *,
+        access: AccessRules = DEFAULT_ACCESS,
+        limits: Limits = DEFAULT_LIMITS,
+        local_limits: Limits = LOCAL_LIMITS,
+        max_clients: int = 256,
+        default_peer: str = "",
+        priorities: Mapping[str, Priority] = DEFAULT_PRIORITIES,
+        clock: Callable[[], float] = boot_clock,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """Make a hub; it runs inside `async with`.
+
+        Args:
+            identity: what it says of itself: the kernel's boot id, and its software's name and version.
+            access: which local users may open and offer what.
+            limits: of each peer's connection; `local_limits`: of each local application's.
+            max_clients: local applications at once; a few places are root's.
+            default_peer: where an address without a peer leads; "host" in a guest, nowhere on a host.
+            priorities: of services, by name; all others are NORMAL.
+            clock: seconds; what the sessions' ticks and deadlines mean.
+            random_bytes: unguessable bytes.
+        """
+        self._identity = identity
+        self._limits = limits
+        self._local_limits = local_limits
+        self._max_clients = max_clients
+        self._clock = clock
+        self._random_bytes = random_bytes
+        self._tasks = Supervisor()
+        self._watches = WatchList(self._snapshot)
+        self._peers = PeerTable(default_peer, self._watches.publish)
+        self._router = Router(
+            self._peers,
+            access,
+            priorities,
+            start=self._tasks.start,
+            publish=self._watches.publish,
+            clock=clock,
+        )
+        self._servers: list[LocalServer] = []
+        service = HubService(self, self._router, identity)
+        self._router.add(HUB_SERVICE, OwnService(service.serve, to_local=True))
+
+    async def __aenter__(self) -> Hub:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            for server in self._servers:
+                await server.close(_DRAIN_S)
+            for peer in self._peers:
+                self.detach(peer.info)
+            self._watches.end()
+        finally:
+            await self._tasks.__aexit__(kind, error, traceback)
+
+    # --- services and channels of this process ---
+
+    def offer(self, service: str, handler: Handler, *, to_local: bool = False) -> None:
+        """Offer a service to all peers; each channel runs `handler` as a task of its own.
+
+        Args:
+            service: its name.
+            handler: serves one `Channel`; accepting is implied by its first `send` or `receive`.
+            to_local: local applications may open it as well, whoever may connect to the hub's socket.
+
+        Raises:
+            LocalProtocolError: `service` cannot be a name, or begins with ".".
+            ServiceRefused: it is offered already.
+        """
+        if service.startswith("."):
+            raise LocalProtocolError(f"{service} is a name of the hub itself")
+        self._router.add(service, OwnService(handler, to_local))
+
+    def withdraw(self, service: str) -> None:
+        """Offer a service no more; its open channels go on."""
+        if not service.startswith("."):
+            self._router.remove(service)
+
+    async def open(self, peer: str, service: str, *, payload: bytes = b"", port: str = "") -> Channel:
+        """Open a channel to a peer's service; waits until it is accepted: give a time-out.
+
+        Args:
+            peer: name or key (a VM's UUID); "" is the default peer.
+            port: the port that leads to it; "" is org.vmchannel.0.
+
+        Raises:
+            ServiceRefused: no such peer (PEER_GONE), or the peer refuses.
+            ChannelClosed: the session was reset meanwhile.
+        """
+        check_service(service)
+        endpoint = self._peers.find(Address(service, peer, port))
+        priority = self._router.priority(service)
+        return await Channel.opened(endpoint, endpoint.peer, service, payload=payload, priority=priority)
+
+    # --- peers ---
+
+    def attach(self, peer: PeerInfo, connector: Connector, *, role: Role = Role.HOST) -> None:
+        """Keep a session with `peer` over links that `connector` makes, until `detach`.
+
+        Raises:
+            LocalProtocolError: it is attached already.
+        """
+        if self._peers.get(peer) is not None:
+            raise LocalProtocolError(f"peer {peer} is attached already")
+        connection = Connection(role, self._identity, random_bytes=self._random_bytes, limits=self._limits)
+        endpoint = Endpoint(
+            peer, connection, PeerObserver(peer, self._peers, self._router.from_peer), clock=self._clock
+        )
+        entry = Peer(peer, endpoint, connector)
+        self._peers.add(entry)
+        entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
+
+    def detach(self, peer: PeerInfo) -> None:
+        """Let a peer go: its link, its session and its channels end. Unknown peers are ignored."""
+        entry = self._peers.get(peer)
+        if entry is None:
+            return
+        if entry.task is not None:
+            entry.task.cancel()
+        entry.endpoint.stop(CloseCode.PEER_GONE, "the peer has been detached")
+        self._peers.remove(peer)
+
+    def guest_closed(self, peer: PeerInfo) -> None:
+        """The guest has closed its end of the port (QMP VSERPORT_CHANGE), which the socket does not show."""
+        entry = self._peers.get(peer)
+        if entry is not None:
+            entry.endpoint.detail = "the guest has closed the port"
+            entry.endpoint.relink()
+
+    def serve_ports(self, prefix: str = PORT_PREFIX, paths: PortPaths = SYSTEM_PATHS) -> None:
+        """Guest: keep every port whose name begins with `prefix` open, as the peer "host", as they come and
+        go.
+        """
+        follow = follow_ports(prefix, paths, lambda names: self._ports_changed(names, paths))
+        self._tasks.start(follow, "ports of this machine")
+
+    # --- local applications ---
+
+    def serve(self, path: str, *, mode: int = 0o660, gid: int | None = None, backlog: int = BACKLOG) -> None:
+        """Serve local applications on the unix socket `path`.
+
+        Raises:
+            LinkError: another hub serves it, or it cannot be made.
+        """
+        listener = LocalListener(path, mode=mode, gid=gid, backlog=backlog)
+        server = LocalServer(listener, self._make_client, max_clients=self._max_clients, clock=self._clock)
+        self._servers.append(server)
+
+    # --- seeing ---
+
+    def watch(self) -> Watch:
+        """Watch what happens: a snapshot, `Synced`, then changes. `with hub.watch() as events: async for
+        ...`.
+        """
+        return self._watches.add()
+
+    def status(self) -> HubStatus:
+        """The hub now."""
+        return HubStatus(
+            self._identity.software,
+            self._identity.boot_id,
+            tuple(peer_status(peer) for peer in self._peers),
+            tuple(self._router.offered()),
+        )
+
+    @property
+    def clients(self) -> int:
+        """How many local applications are connected."""
+        return sum(len(server.clients) for server in self._servers)
+
+    # --- for the parts of the hub ---
+
+    def _snapshot(self) -> list[HubEvent]:
+        return [*self._peers.snapshot(), *self._router.offered()]
+
+    def _ports_changed(self, names: frozenset[str], paths: PortPaths) -> None:
+        ours = [peer for peer in self._peers if isinstance(peer.connector, PortConnector)]
+        for peer in ours:
+            self._peers.set_present(peer, peer.info.port in names)
+        absent = [peer for peer in ours if not peer.present]
+        for peer in absent[: max(0, len(absent) - MAX_PORTS)]:
+            self.detach(peer.info)  # a session waits for its port's return, but not for any number of ports
+        for name in sorted(names):
+            info = PeerInfo(HOST_PEER, PeerKind.HOST, name)
+            if self._peers.get(info) is None:
+                self.attach(info, PortConnector(name, paths), role=Role.GUEST)
+
+    def _make_client(self, who: Credentials) -> Endpoint:
+        peer = PeerInfo(f"local:{who.pid}", PeerKind.LOCAL, credentials=who)
+        connection = Connection(
+            Role.HOST, self._identity, random_bytes=self._random_bytes, limits=self._local_limits
+        )
+        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The hub's side towards local applications: accepting them, and the service ".hub"."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol, assert_never
+
+from fence_vmchannel.access import Credentials
+from fence_vmchannel.channel import Channel
+from fence_vmchannel.endpoint import Endpoint
+from fence_vmchannel.errors import CloseCode, RemoteProtocolError
+from fence_vmchannel.events import ChannelOpened, Opened, PeerIdentity, Reset
+from fence_vmchannel.hub_events import HubStatus
+from fence_vmchannel.hub_router import Router
+from fence_vmchannel.hub_watch import Watch
+from fence_vmchannel.links.local import LocalListener
+from fence_vmchannel.links.stream import SocketLink
+from fence_vmchannel.local_protocol import (
+    HubInfo,
+    HubQuery,
+    OfferQuery,
+    StatusQuery,
+    WatchQuery,
+    decode_local,
+    encode_local,
+)
+from fence_vmchannel.logs import RateLimitedLog
+
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
+
+_ROOT_RESERVE: Final = 8
+"""Of the places for clients, how many only root gets: other users cannot keep the fence agent out."""
+
+_ACCEPTS_PER_TURN = 64
+_OUT_OF_DESCRIPTORS_PAUSE_S = 1.0
+
+
+class LocalServer:
+    """Accepts local applications on one socket; each gets an endpoint."""
+
+    def __init__(
+        self,
+        listener: LocalListener,
+        make: Callable[[Credentials], Endpoint],
+        *,
+        max_clients: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._listener = listener
+        self._make = make
+        self._max_clients = max_clients
+        self._clients: set[Endpoint] = set()
+        self._noise = RateLimitedLog(log, clock=clock)
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    @property
+    def clients(self) -> tuple[Endpoint, ...]:
+        """The applications that are connected now."""
+        return tuple(self._clients)
+
+    async def close(self, drain_s: float) -> None:
+        """Accept no more; tell the clients, within `drain_s` seconds each; drop them."""
+        self._loop.remove_reader(self._listener.fileno())
+        if self._resume is not None:
+            self._resume.cancel()
+        self._listener.close()
+        for client in self.clients:
+            await client.drain(drain_s)
+            client.stop(CloseCode.SHUTDOWN, "the hub stops")
+        self._clients.clear()
+
+    def _accept(self) -> None:
+        try:
+            for _ in range(_ACCEPTS_PER_TURN):
+                client = self._listener.accept()
+                if client is None:
+                    return
+                self._admit(*client)
+        except OSError as error:  # EMFILE: without a pause this would spin
+            self._noise.warning("%s: cannot accept: %s", self._listener.path, error.strerror)
+            self._loop.remove_reader(self._listener.fileno())
+            self._resume = self._loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        self._resume = None
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _admit(self, sock: socket.socket, who: Credentials) -> None:
+        places = self._max_clients if who.uid == 0 else self._max_clients - _ROOT_RESERVE
+        if len(self._clients) >= places:
+            self._noise.warning(
+                "%s: %s turned away: %d clients", self._listener.path, who, len(self._clients)
+            )
+            sock.close()
+            return
+        try:
+            link = SocketLink(sock, f"client {who}")
+        except OSError:
+            sock.close()
+            raise
+        endpoint = self._make(who)
+        self._clients.add(endpoint)
+        endpoint.use(link).add_done_callback(lambda _: self._leave(endpoint))
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        self._clients.discard(endpoint)
+        endpoint.stop(CloseCode.PEER_GONE, "the application has disconnected")
+
+
+class LocalObserver:
+    """Routes the channels of one local application; the rest of what it does concerns nobody else."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def on_connected(self, endpoint: Endpoint, event: Opened) -> None:
+        """See `Observer`."""
+
+    def on_disconnected(self, endpoint: Endpoint, reason: str) -> None:
+        """See `Observer`."""
+
+    def on_reset(self, endpoint: Endpoint, event: Reset) -> None:
+        """See `Observer`."""
+
+    def on_channel(self, endpoint: Endpoint, event: ChannelOpened) -> None:
+        """See `Observer`."""
+        self._router.from_local(endpoint, event)
+
+
+class HubView(Protocol):
+    """What ".hub" needs of the hub."""
+
+    def status(self) -> HubStatus:
+        """The hub now."""
+        ...
+
+    def watch(self) -> Watch:
+        """A new watch."""
+        ...
+
+
+class HubService:
+    """Serves ".hub" to local applications: status, watch, offer."""
+
+    def __init__(self, hub: HubView, router: Router, identity: PeerIdentity) -> None:
+        self._hub = hub
+        self._router = router
+        self._info = HubInfo(identity.software, identity.boot_id)
+
+    async def serve(self, channel: Channel) -> None:
+        """Answer one query. Ends when the answer is complete or the application closes the channel."""
+        query = _query(channel.payload)
+        match query:
+            case StatusQuery():
+                await channel.accept(encode_local(self._info))
+                status = self._hub.status()
+                for peer in status.peers:
+                    await channel.send(encode_local(peer))
+                for service in status.services:
+                    await channel.send(encode_local(service))
+            case WatchQuery():
+                await channel.accept(encode_local(self._info))
+                await self._watch(channel)
+            case OfferQuery():
+                await self._offer(channel, query.service)
+            case _:
+                assert_never(query)
+
+    async def _watch(self, channel: Channel) -> None:
+        with self._hub.watch() as events:
+            channel.when_closed(events.close)
+            async for event in events:
+                await channel.send(encode_local(event))
+
+    async def _offer(self, channel: Channel, service: str) -> None:
+        self._router.add_application(service, channel.endpoint)
+        try:
+            await channel.accept(encode_local(self._info))
+            await channel.wait_closed()
+        finally:
+            self._router.remove(service)
+
+
+def _query(payload: bytes) -> HubQuery:
+    message = decode_local(payload)
+    if not isinstance(message, StatusQuery | WatchQuery | OfferQuery):
+        raise RemoteProtocolError("this hub does not know that query")
+    return message

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A channel that passes through the hub, from one connection to another, fragment by fragment.
+
+Credit is end to end: what one side grants is granted to the other, and nothing else is. So the hub holds at
+most what the final consumer has agreed to take, a reader that stalls stops its own writer only, and nothing
+can deadlock here: the hub never waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from fence_vmchannel.endpoint import Endpoint
+from fence_vmchannel.errors import ChannelClosed, ChannelError, CloseCode
+from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
+
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
+
+
+def relay(
+    source: Endpoint,
+    event: ChannelOpened,
+    target: Endpoint,
+    service: str,
+    *,
+    payload: bytes,
+    priority: Priority,
+) -> None:
+    """Pass a channel that `source`'s peer opened on to `target`'s peer, as `service` there.
+
+    Raises:
+        ChannelError: it cannot be opened there (a limit, a payload that is too long).
+    """
+    inward, outward = _Leg(source, event.channel), _Leg(target)
+    inward.other, outward.other = outward, inward
+    outward.channel = target.open(service, outward, window=event.window, priority=priority, payload=payload)
+    source.adopt(event.channel, inward)
+
+
+@dataclass(slots=True, eq=False)
+class _Leg:
+    """One side of a relayed channel: what happens here is done on the other side."""
+
+    endpoint: Endpoint
+    channel: int = 0
+    other: _Leg | None = None
+
+    def on_accepted(self, event: ChannelAccepted) -> None:
+        if (other := self.other) is None:
+            return
+        try:
+            other.endpoint.connection.accept(other.channel, window=event.window, payload=event.payload)
+        except ChannelClosed as error:  # closed meanwhile, or too much memory promised already
+            other.endpoint.close(other.channel, error.code, error.reason)
+            self._part(error.code, error.reason, abort=True)
+            return
+        other.endpoint.kick()
+
+    def on_data(self, event: Data) -> None:
+        if (other := self.other) is None:
+            return
+        try:
+            other.endpoint.connection.send(other.channel, event.data, end=event.end)
+        except ChannelError as error:  # cannot happen while credit is end to end
+            log.error("relay to %s: %s", other.endpoint.peer, error)
+            other.endpoint.close(other.channel, CloseCode.INTERNAL, str(error), abort=True)
+            self._part(CloseCode.INTERNAL, str(error), abort=True)
+            return
+        other.endpoint.kick()
+
+    def on_granted(self, event: Granted) -> None:
+        if (other := self.other) is not None:
+            other.endpoint.connection.grant(other.channel, event.delivered, event.limit)
+            other.endpoint.kick()
+
+    def on_closed(self, event: Closed) -> None:
+        if (other := self.other) is not None:
+            self.other = other.other = None
+            other.endpoint.close(other.channel, event.code, event.reason, abort=event.aborted)
+
+    def _part(self, code: CloseCode, reason: str, *, abort: bool) -> None:
+        if self.other is not None:
+            self.other.other = None
+        self.other = None
+        self.endpoint.close(self.channel, code, reason, abort=abort)

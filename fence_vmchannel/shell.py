@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The shell around one `Connection`, without an event loop: feed, handle events, transmit.
+
+`Endpoint` drives it from asyncio, `BlockingClient` from poll. Nothing that the peer sends, and no failure of
+a channel's user, leaves it; the worst is the end of that link or channel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar, assert_never
+
+from fence_vmchannel.connection import Connection
+from fence_vmchannel.errors import CloseCode, LinkError
+from fence_vmchannel.events import (
+    ChannelAccepted,
+    ChannelOpened,
+    Closed,
+    Data,
+    Event,
+    Granted,
+    LinkRefused,
+    Opened,
+    Priority,
+    Reset,
+    Unlinked,
+)
+from fence_vmchannel.links.base import Link
+from fence_vmchannel.peers import PeerInfo
+
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
+
+_E = TypeVar("_E", ChannelOpened, ChannelAccepted, Data, Granted, Closed)
+
+_NEVER_HELD_BACK: Final = 196_608
+"""The session sends so much without an acknowledgement (256 KiB less one frame, rounded down)."""
+
+READ_BUDGET: Final = 262_144
+"""Bytes read in one turn, so that a peer that floods leaves the loop to the others."""
+
+
+class ChannelUser(Protocol):
+    """What consumes one channel: a channel object of this process, or the other leg of a relay."""
+
+    def on_accepted(self, event: ChannelAccepted) -> None:
+        """The peer accepted it."""
+        ...
+
+    def on_data(self, event: Data) -> None:
+        """A fragment came."""
+        ...
+
+    def on_granted(self, event: Granted) -> None:
+        """The peer took data and gives credit."""
+        ...
+
+    def on_closed(self, event: Closed) -> None:
+        """It is gone. The last call."""
+        ...
+
+
+class Shell:
+    """One peer: its connection, its present link, and who uses its channels."""
+
+    def __init__(self, peer: PeerInfo, connection: Connection, clock: Callable[[], float]) -> None:
+        self.peer = peer
+        self.connection = connection
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.detail = "not connected yet"  # why there is no session now, for status
+        self._clock = clock
+        self._users: dict[int, ChannelUser] = {}
+        self._link: Link | None = None
+        self._up = False  # the connection has been told that its link is up
+        self._unsent = memoryview(b"")
+        self._refused = ""
+        self._handling = False
+
+    # --- for who drives it ---
+
+    def kick(self) -> None:
+        """Something was queued or granted: a turn is due. A shell with an event loop overrides this."""
+
+    def begin(self, link: Link) -> None:
+        """Talk over `link` from now on; a turn is due."""
+        self._link, self._refused = link, ""
+
+    def finish(self, reason: str) -> None:
+        """Close the link, if there is one. The session and its channels wait for the next."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        link.close()
+        self.detail = reason
+        self._lower()
+        self._handle_events()
+
+    def turn(self) -> bool:
+        """Feed, handle events, transmit. True: more may wait to be read.
+
+        Raises:
+            LinkError: the link has ended, or the peer on it cannot be talked to: call `finish`.
+        """
+        now = self._clock()
+        more, ended = self._feed(now)
+        due = self.connection.next_deadline()
+        if due is not None and due <= now:
+            self.connection.handle_time(now)
+        self._handle_events()
+        if ended is not None:
+            raise ended
+        self._transmit(now)
+        if self._refused:
+            raise LinkError(self._refused)
+        return more
+
+    @property
+    def linked(self) -> bool:
+        """Whether a link is in use."""
+        return self._link is not None
+
+    @property
+    def drained(self) -> bool:
+        """Whether all that was queued has been written to the link, as of the last turn."""
+        waiting = self.connection.unsent_bytes
+        return not self._unsent and (not waiting or (self.connection.opened and waiting <= _NEVER_HELD_BACK))
+
+    # --- channels ---
+
+    def open(
+        self, target: str, user: ChannelUser, *, window: int | None, priority: Priority, payload: bytes
+    ) -> int:
+        """Open a channel for `user`; raises as `Connection.open`."""
+        channel = self.connection.open(target, window=window, priority=priority, payload=payload)
+        self._users[channel] = user
+        self.kick()
+        return channel
+
+    def adopt(self, channel: int, user: ChannelUser) -> None:
+        """Give a channel that the peer opened to `user`."""
+        self._users[channel] = user
+
+    def close(self, channel: int, code: CloseCode, reason: str, *, abort: bool = False) -> None:
+        """End a channel from our side; its user hears no more. A gone channel is ignored."""
+        self._users.pop(channel, None)
+        (self.connection.abort if abort else self.connection.close)(channel, code, reason)
+        self.kick()
+
+    def drop_users(self, code: CloseCode, reason: str) -> None:
+        """Tell all users of channels that it is over."""
+        users, self._users = self._users, {}
+        for channel, user in users.items():
+            self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
+
+    # --- what concerns the whole connection, for a subclass ---
+
+    def connected(self, event: Opened) -> None:
+        """The greeting is done."""
+
+    def disconnected(self, reason: str) -> None:
+        """The peer cannot be reached now."""
+
+    def was_reset(self, event: Reset) -> None:
+        """The session began anew; the channels' users know already."""
+
+    def channel_opened(self, event: ChannelOpened) -> None:
+        """The peer opened a channel: adopt and accept it, or close it."""
+        self.close(event.channel, CloseCode.UNKNOWN_SERVICE, "nothing is offered here")
+
+    # --- inside ---
+
+    def _feed(self, now: float) -> tuple[bool, LinkError | None]:
+        link = self._link
+        if link is None:
+            return False, None
+        link.refresh()
+        if link.present and not self._up:
+            self._up = True
+            self.connection.link_up(now)
+        pieces: list[bytes] = []
+        more, ended = self._read(link, pieces)
+        if pieces:
+            self.connection.receive(b"".join(pieces), now)
+        if self._up and not link.present:
+            self.detail = "the other end of the link is not connected"
+            self._lower()
+        return more, ended
+
+    def _read(self, link: Link, pieces: list[bytes]) -> tuple[bool, LinkError | None]:
+        size = 0
+        try:
+            while size < READ_BUDGET:
+                piece = link.receive()
+                if not piece:
+                    return False, None
+                pieces.append(piece)
+                size += len(piece)
+        except LinkError as error:
+            return False, error
+        finally:
+            self.received_bytes += size
+        return True, None
+
+    def _transmit(self, now: float) -> None:
+        link = self._link
+        while link is not None and self._up:
+            if not self._unsent:
+                self._unsent = memoryview(self.connection.data_to_send(now))
+                if not self._unsent:
+                    return
+            taken = link.send(self._unsent)
+            if not taken:
+                return  # the link wakes us when it can take more
+            self.sent_bytes += taken
+            self._unsent = self._unsent[taken:]
+
+    def _lower(self) -> None:
+        self._unsent = memoryview(b"")  # the session sends again what was not acknowledged
+        if self._up:
+            self._up = False
+            self.connection.link_down(self._clock())
+
+    def _handle_events(self) -> None:
+        if self._handling:
+            return  # called from one of the calls below, whose loop comes to the new events in their order
+        self._handling = True
+        try:
+            while events := self.connection.events():
+                for event in events:
+                    try:
+                        self._handle(event)
+                    except Exception:
+                        log.exception("peer %s: internal error on %s", self.peer, type(event).__name__)
+        finally:
+            self._handling = False
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Data():
+                if user := self._users.get(event.channel):
+                    self._tell(event.channel, user.on_data, event)
+            case Granted():
+                if user := self._users.get(event.channel):
+                    self._tell(event.channel, user.on_granted, event)
+            case ChannelAccepted():
+                if user := self._users.get(event.channel):
+                    self._tell(event.channel, user.on_accepted, event)
+            case Closed():
+                if user := self._users.pop(event.channel, None):
+                    self._tell(event.channel, user.on_closed, event)
+            case ChannelOpened():
+                self._tell(event.channel, self.channel_opened, event)
+            case Opened() | Unlinked() | Reset() | LinkRefused():
+                self._handle_session(event)
+            case _:
+                assert_never(event)
+
+    def _handle_session(self, event: Opened | Unlinked | Reset | LinkRefused) -> None:
+        match event:
+            case Opened():
+                self.detail = ""
+                self.connected(event)
+            case Unlinked():
+                self.detail = self.detail or event.reason
+                self.disconnected(self.detail)
+            case Reset():
+                for channel in event.lost:
+                    if user := self._users.pop(channel, None):
+                        closed = Closed(channel, CloseCode.SESSION_RESET, event.reason, aborted=False)
+                        self._tell(channel, user.on_closed, closed)
+                self.was_reset(event)
+            case LinkRefused():
+                self._refused = event.reason or "refused"
+            case _:
+                assert_never(event)
+
+    def _tell(self, channel: int, call: Callable[[_E], None], event: _E) -> None:
+        try:
+            call(event)
+        except Exception:
+            log.exception("peer %s: internal error in channel %d, it is closed", self.peer, channel)
+            self.close(channel, CloseCode.INTERNAL, "internal error", abort=True)
