@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fence_vmchannel import saved
+from fence_vmchannel import handover, saved
 from fence_vmchannel.channel_state import message_cost
 from fence_vmchannel.channels import Multiplexer
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
@@ -243,7 +243,7 @@ class Connection:
         """
         if self._events:
             raise LocalProtocolError("events are waiting")
-        return saved.pack(self._session.save())
+        return saved.pack(handover.save(self._session))
 
     @classmethod
     def import_state(
@@ -261,5 +261,5 @@ class Connection:
             RemoteProtocolError: `state` is damaged, of another format version, or of another role.
         """
         connection = cls(role, identity, random_bytes=random_bytes, limits=limits)
-        connection._session.load(saved.unpack(state))
+        handover.load(connection._session, saved.unpack(state))
         return connection

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from fence_vmchannel.frames import HEADER_BYTES, Frame, FrameType, pack_identity, unpack_identity
+from fence_vmchannel.greeting import Numbers
 
 
 class Sent(NamedTuple):
@@ -138,3 +139,18 @@ class Inbox:
         self.received = frame.sequence
         self.check = crc32(frame.identity, self.check)
         return True
+
+
+def why_numbers_do_not_fit(outbox: Outbox, inbox: Inbox, theirs: Numbers) -> str:
+    """Why the two sides of a session cannot be reconciled; empty if they can.
+
+    Both must be able to send again all that the other has not received, and both running checksums must agree
+    wherever both sides know them.
+    """
+    if outbox.check_at(theirs.received) != theirs.received_check:
+        return "what the peer has received is not what was sent"
+    if not theirs.acknowledged <= inbox.received <= theirs.sent:
+        return "what the peer has sent is not what was received"
+    if theirs.sent == inbox.received and theirs.sent_check != inbox.check:
+        return "what the peer has sent is other than what was received"
+    return ""

@@ -46,8 +46,7 @@ from fence_vmchannel.greeting import (
     encode_progress,
     encode_welcome,
 )
-from fence_vmchannel.reliability import Inbox, Outbox
-from fence_vmchannel.saved import SavedFrame, SavedSession
+from fence_vmchannel.reliability import Inbox, Outbox, why_numbers_do_not_fit
 from fence_vmchannel.session_state import SessionInput, SessionState, next_state
 from fence_vmchannel.timers import ACK_AFTER_BYTES, GreetingPace, Timers
 
@@ -82,7 +81,7 @@ class Session:
         self._identity = identity
         self._limits = limits
         self._random_bytes = random_bytes
-        self._channels = channels
+        self.channels = channels
         self._events = events
         self._decoder = FrameDecoder()
         self._epoch = 0  # of the frames that count; 0: none do
@@ -91,14 +90,14 @@ class Session:
         self._welcome: Welcome | None = None  # HOST, WELCOMING: the answer
         self._trouble = ""  # HOST, WELCOMING: why the answer is a new session
         self.proposed_id = NO_SESSION  # HOST: a new session that we offered and saw no confirmation of
-        self._proposed_version = VERSIONS[0]
+        self.proposed_version = VERSIONS[0]
         self._error = b""  # REFUSED: the ERROR frame still to send
         self._greeting_due = False  # the frame of the present greeting state is to be sent
         self._told_open = False  # the last of Opened, Unlinked and Reset was Opened
         self._ack_due = False
         self._unacknowledged_bytes = 0  # received since our last acknowledgement
         self._timers = Timers()
-        self._pace = GreetingPace(role)
+        self._pace = GreetingPace()
 
     # --- the link ---
 
@@ -106,7 +105,7 @@ class Session:
         """A byte connection is there."""
         self.link_down(now)
         self._decoder = FrameDecoder()
-        self._pace = GreetingPace(self.role)
+        self._pace = GreetingPace()
         self._move(SessionInput.LINK_UP)
         self._nonce = 0
         self._timers.heard(now)
@@ -177,53 +176,11 @@ class Session:
             timers.probed(now)
             self._ack_due = True
 
-    # --- hand-over ---
-
-    def save(self) -> SavedSession:
-        """End the link and give away the whole session, with its channels. This object is dead afterwards."""
+    def freeze(self) -> None:
+        """End the link for good: the session goes on elsewhere."""
         self.link_down(0.0)
         self._events.clear()
         self._move(SessionInput.EXPORT)
-        return SavedSession(
-            role=self.role.value,
-            session_id=self.session_id,
-            version=self.version,
-            features=self.features,
-            peer_boot_id=self.peer.boot_id if self.peer else None,
-            peer_software=self.peer.software if self.peer else None,
-            tick=self.tick,
-            proposed_id=self.proposed_id,
-            proposed_version=self._proposed_version,
-            acknowledged=self.outbox.acknowledged,
-            acknowledged_check=self.outbox.acknowledged_check,
-            received=self.inbox.received,
-            received_check=self.inbox.check,
-            channels=self._channels.save(),
-            frames=tuple(SavedFrame(frame.identity, frame.payload) for frame in self.outbox.frames()),
-        )
-
-    def load(self, saved: SavedSession) -> None:
-        """Take over what `save` gave; only right after construction.
-
-        Raises:
-            RemoteProtocolError: values that no `save` gives, or of the other role.
-        """
-        ids_fit = len(saved.session_id) == len(saved.proposed_id) == len(NO_SESSION)
-        if saved.role != self.role.value or saved.version not in VERSIONS or not ids_fit:
-            raise RemoteProtocolError("a saved session of another role or version")
-        self.session_id, self.proposed_id = saved.session_id, saved.proposed_id
-        self.version, self._proposed_version = saved.version, saved.proposed_version
-        self.features, self.tick = saved.features & FEATURES, saved.tick
-        if saved.peer_boot_id is not None:
-            self.peer = PeerIdentity(saved.peer_boot_id, saved.peer_software or "")
-        try:
-            self.outbox = Outbox(saved.acknowledged, saved.acknowledged_check)
-            self.inbox = Inbox(saved.received, saved.received_check)
-            for frame in saved.frames:
-                self.outbox.load(frame.identity, frame.payload)
-            self._channels.load(saved.channels)
-        except ValueError as error:
-            raise RemoteProtocolError(f"a saved session that does not fit: {error}") from error
 
     # --- frames of the epoch ---
 
@@ -265,7 +222,7 @@ class Session:
         elif self._timers.ack_at is None:
             self._timers.ack_at = now + self._timers.ACK_DELAY_S
         if FIRST_SEQUENCED <= frame.type <= FrameType.CANCEL:
-            self._channels.take(frame)
+            self.channels.take(frame)
         else:
             self._unknown(frame)
 
@@ -281,7 +238,7 @@ class Session:
         if frame.ack > outbox.transmitted or outbox.check_at(frame.ack) != frame.ack_check:
             return False
         for channel in outbox.acknowledge(frame.ack):
-            self._channels.confirm(channel)
+            self.channels.confirm(channel)
         self._timers.progressed(now, outbox.waiting)
         return True
 
@@ -292,7 +249,7 @@ class Session:
         while True:
             sent = outbox.next()
             if sent is None:
-                frame = self._channels.next_frame(outbox.in_flight)
+                frame = self.channels.next_frame(outbox.in_flight)
                 if frame is None:
                     break
                 sent = outbox.add(self.version, *frame)
@@ -376,13 +333,13 @@ class Session:
             )
             return
         if hello.numbers.session_id == self.proposed_id != NO_SESSION:
-            self._new_session(self.proposed_id, self._proposed_version, "the peer began the new session")
+            self._new_session(self.proposed_id, self.proposed_version, "the peer began the new session")
             self.peer = PeerIdentity(hello.offer.boot_id, hello.offer.software)
         self._move(SessionInput.HELLO)
         self._epoch, self._nonce = self._nonce, 0
         trouble = self._why_not_resume(hello, version)
         if trouble:
-            self.proposed_id, self._proposed_version = self._random_bytes(16), version
+            self.proposed_id, self.proposed_version = self._random_bytes(16), version
             numbers = Numbers(self.proposed_id, 0, 0, 0, 0, 0)
         else:
             numbers = self._numbers()
@@ -394,7 +351,7 @@ class Session:
 
     def _why_not_resume(self, hello: Hello, version: int) -> str:
         """HOST: why the session cannot go on with this peer; empty if it can."""
-        theirs, outbox, inbox = hello.numbers, self.outbox, self.inbox
+        theirs = hello.numbers
         if self.session_id == NO_SESSION:
             return "no session here"
         if theirs.session_id != self.session_id:
@@ -403,13 +360,7 @@ class Session:
             return "the peer has booted anew"
         if version != self.version:
             return "another protocol version"
-        if outbox.check_at(theirs.received) != theirs.received_check:
-            return "what the peer has received does not fit"
-        if not theirs.acknowledged <= inbox.received <= theirs.sent:
-            return "what the peer has sent does not fit"
-        if theirs.sent == inbox.received and theirs.sent_check != inbox.check:
-            return "what the peer has sent is not what came"
-        return ""
+        return why_numbers_do_not_fit(self.outbox, self.inbox, theirs)
 
     def _confirmed(self, frame: Frame, now: float) -> bool:
         """HOST: the first frame of the new epoch. The peer took our WELCOME, so now it holds here too.
@@ -454,26 +405,20 @@ class Session:
 
     def _why_not_go_on(self, welcome: Welcome) -> str:
         """GUEST: why a session that the host resumed cannot go on; empty if it can."""
-        theirs, outbox, inbox = welcome.numbers, self.outbox, self.inbox
+        theirs = welcome.numbers
         if theirs.session_id != self.session_id or welcome.version != self.version:
             return "the host resumed another session"
-        if outbox.check_at(theirs.received) != theirs.received_check:
-            return "what the host has received does not fit"
-        if not theirs.acknowledged <= inbox.received <= theirs.sent:
-            return "what the host has sent does not fit"
-        if theirs.sent == inbox.received and theirs.sent_check != inbox.check:
-            return "what the host has sent is not what came"
-        return ""
+        return why_numbers_do_not_fit(self.outbox, self.inbox, theirs)
 
     def _resume(self, peer_received: int) -> None:
         for channel in self.outbox.acknowledge(peer_received):
-            self._channels.confirm(channel)
+            self.channels.confirm(channel)
         self.outbox.rewind()
 
     def _new_session(self, session_id: bytes, version: int, reason: str) -> None:
         """Forget the session, if there is one, and begin another."""
         if self.session_id != NO_SESSION:
-            self._events.append(Reset(reason, self._channels.reset()))
+            self._events.append(Reset(reason, self.channels.reset()))
             self._told_open = False
         self.session_id, self.version = session_id, version
         self.proposed_id = NO_SESSION
@@ -495,7 +440,11 @@ class Session:
         """Knock or challenge, now or when the pace allows it."""
         at = self._pace.begin(now)
         self._greeting_due = at <= now
-        self._timers.greet_at = now + self._pace.patience() if self._greeting_due else at
+        self._timers.greet_at = now + self._repeat_after() if self._greeting_due else at
+
+    def _repeat_after(self) -> float:
+        patience = self._pace.patience()
+        return patience if self.role is Role.HOST else min(patience, self._pace.KNOCK_S)
 
     def _greeting_overdue(self, now: float) -> None:
         """The frame of the greeting is to be sent again; or it was never answered, and the greeting begins
@@ -504,7 +453,7 @@ class Session:
             self._anomaly("greeting not finished", now)
         else:
             self._greeting_due = True
-            self._timers.greet_at = now + self._pace.patience()
+            self._timers.greet_at = now + self._repeat_after()
 
     def _greeting_data(self) -> bytes:
         match self.state:

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
-
-from fence_vmchannel.events import Role
 
 ACK_AFTER_BYTES: Final = 65_536
 """Received bytes after which an acknowledgement goes out at once; a quarter of what may be in flight."""
@@ -105,14 +101,14 @@ class GreetingPace:
     BURST: Final = 8
     PER_SECOND: Final = 2.0
     FIRST_PATIENCE_S: Final = 1.0
-    MAX_PATIENCE_S: Final[Mapping[Role, float]] = MappingProxyType({Role.HOST: 16.0, Role.GUEST: 4.0})
-    """A guest that is up knocks, so the host need not hurry; what it writes to a closed port piles up
-    there."""
+    MAX_PATIENCE_S: Final = 16.0
+    KNOCK_S: Final = 4.0
+    """A guest knocks at least this often, because it may be the host's only sign of it. The host need not
+    hurry: what it writes to a closed port piles up there."""
     REPEAT_S: Final = 0.25
     """A CHALLENGE is repeated for a further KNOCK at most this often."""
 
-    def __init__(self, role: Role) -> None:
-        self._max_patience_s = self.MAX_PATIENCE_S[role]
+    def __init__(self) -> None:
         self._tokens = float(self.BURST)
         self._tokens_at: float | None = None
         self._patience_s = self.FIRST_PATIENCE_S
@@ -137,7 +133,7 @@ class GreetingPace:
     def patience(self) -> float:
         """How long to wait for an answer, seconds; longer each time until `succeeded`."""
         wait = self._patience_s
-        self._patience_s = min(wait * 2, self._max_patience_s)
+        self._patience_s = min(wait * 2, self.MAX_PATIENCE_S)
         return wait
 
     def succeeded(self) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Two connections against each other over a faulty link, with an application on each side that checks what comes.
+"""Two connections against each other over a faulty link, with an application on each side that checks what
+comes.
 
-Every message names its channel, direction and number, so that an application sees at once when one is missing, comes
-twice or out of order: that raises `AssertionError` in the middle of the run.
+Every message names its channel, direction and number, so that an application sees at once when one is
+missing, comes twice or out of order: that raises `AssertionError` in the middle of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fence_vmchannel.connection import (
     message_cost,
 )
 from fence_vmchannel.errors import ChannelClosed
-from tests.fakes.link import GOOD, FaultyLink, Faults
+from tests.fakes.link import GOOD, Faults, FaultyLink
 
 WINDOW = 65_536
 
@@ -201,7 +202,8 @@ class Conversation:
         return self.link
 
     def cut(self) -> None:
-        """The link breaks. Bytes that are under way may still arrive, cut anywhere, before the sides notice."""
+        """The link breaks. Bytes that are under way may still arrive, cut anywhere, before the sides
+        notice."""
         if self.link is not None:
             self.link.cut()
             self._deliver(self.now + 10)

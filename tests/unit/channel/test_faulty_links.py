@@ -43,7 +43,8 @@ def act_at_random(talk: Conversation, rng: random.Random, steps: int) -> None:
 
 
 def assert_all_arrived(talk: Conversation) -> None:
-    """Each message that was sent on a channel that nobody closed has been taken, once (the applications check)."""
+    """Each message that was sent on a channel that nobody closed has been taken, once (the applications
+    check)."""
     for sender, receiver in ((talk.host, talk.guest), (talk.guest, talk.host)):
         for target, stream in sender.by_target.items():
             other = receiver.by_target.get(target)
