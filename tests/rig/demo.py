@@ -229,7 +229,8 @@ async def _main(say: Narrator) -> int:
         try:
             await play(stage)
         except RigError as error:
-            stage.expect(False, f"cannot go on: {error}")
+            stage.expect(False, "cannot go on")
+            say.output(str(error))
     return 1 if stage.failures else 0
 
 

@@ -42,8 +42,6 @@ FENCE_LIBRARY = Path("/usr/share/fence/fencing.py")
 BUSYBOX = Path("/bin/busybox")
 
 _DEBIAN_INPUTS = (
-    "python3-minimal",
-    "libpython3-stdlib",
     "libc6",
     "busybox-static",
     "python3-pexpect",
@@ -121,7 +119,9 @@ def _base(cache: Path, linux: Kernel) -> Path:
 
 
 def _debian_versions() -> str:
-    return call("dpkg-query", "-W", "-f", "${Package} ${Version}\n", *_DEBIAN_INPUTS)
+    python = PYTHON.resolve().name  # the package of that name carries the security updates, python3 does not
+    packages = (f"{python}-minimal", f"lib{python}-stdlib", *_DEBIAN_INPUTS)
+    return call("dpkg-query", "-W", "-f", "${Package} ${Version}\n", *packages)
 
 
 def _add_system(tree: Tree) -> None:
