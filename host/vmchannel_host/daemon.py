@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The host daemon: every object is built here, each gets its collaborators, then they run together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import fence_vmchannel
+from fence_vmchannel.access import ROOT_ONLY, AccessRules
+from fence_vmchannel.errors import LinkError
+from fence_vmchannel.events import Limits, PeerIdentity
+from fence_vmchannel.hub import Hub, boot_clock
+from fence_vmchannel.messages import FENCE_SERVICE
+from vmchannel_host.admin import AdminServer
+from vmchannel_host.admin_metrics import Metrics
+from vmchannel_host.admin_socket import AdminSocketError
+from vmchannel_host.aliases import AliasTable
+from vmchannel_host.bus.local import LocalBus
+from vmchannel_host.config_model import AfterKill, HostConfig
+from vmchannel_host.feed import Feed
+from vmchannel_host.fence_channel import FenceChannels
+from vmchannel_host.fencing.coordinator import Coordinator, FenceSettings
+from vmchannel_host.fencing.instances import Instances
+from vmchannel_host.fencing.ordered import Ordered
+from vmchannel_host.fencing.run import Shell
+from vmchannel_host.fencing.service import FenceService
+from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
+from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
+from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.journal import Journal
+from vmchannel_host.journal_types import JournalError
+from vmchannel_host.model import HostName
+from vmchannel_host.notify import Notifier
+from vmchannel_host.policy import Policy
+from vmchannel_host.registry import VmRegistry
+from vmchannel_host.reporter import Reporter
+from vmchannel_host.view import Health, View
+from vmchannel_host.vm_ports import VmPorts
+
+FIRST_LOOK_S: Final = 10.0
+"""How long the start waits for the first look. Serving begins also without one: each fence takes its own."""
+
+GRACE_S: Final = 10.0
+"""How long a stop waits for running operations. What is left is in the journal for the next daemon."""
+
+CHECK_S: Final = 15.0
+"""Between two checks of the journal."""
+
+_log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text names what is in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What touches the machine. Tests compose others; no key of the configuration and no option does."""
+
+    processes: ProcessTable
+    peers: ChardevPeers
+    clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
+    wall_clock: Callable[[], float] = time.time
+    random_bytes: Callable[[int], bytes] = os.urandom
+
+
+def real_parts() -> Parts:
+    """This machine."""
+    processes = ProcessTable(boot_id=read_boot_id())
+    return Parts(processes=processes, peers=QemuPeers(processes))
+
+
+def build(config: HostConfig, *, notifier: Notifier | None = None, parts: Parts | None = None) -> Daemon:
+    """Make the daemon of a configuration. Nothing is opened yet."""
+    return Daemon(config, notifier or Notifier({}), parts or real_parts())
+
+
+@dataclass(slots=True)
+class _Settings:
+    """What a reload replaces."""
+
+    config: HostConfig
+    policy: Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.policy = Policy.from_config(self.config)
+
+    def take(self, config: HostConfig) -> None:
+        self.config, self.policy = config, Policy.from_config(config)
+
+
+class Daemon:
+    """The host daemon. `run` once; `stop` and `reload` from the same event loop."""
+
+    def __init__(self, config: HostConfig, notifier: Notifier, parts: Parts) -> None:
+        self._settings = _Settings(config)
+        self._notifier = notifier
+        self._parts = parts
+        self._health = Health()
+        self._stop = asyncio.Event()
+        self._launcher = Launcher(_start_commands(config))
+        self._hypervisor: Hypervisor = QmpHypervisor(
+            QmpSettings(sockets=tuple(glob for one in config.hypervisors for glob in one.sockets)),
+            host=config.host,
+            processes=parts.processes,
+            launcher=self._launcher,
+            clock=parts.clock,
+        )
+        self._coordinator: Coordinator | None = None
+
+    def stop(self) -> None:
+        """End `run` in order. Idempotent."""
+        self._stop.set()
+
+    def reload(self, config: HostConfig) -> None:
+        """Take over what a checked configuration changes: policy, aliases, fencing, standalone, start commands."""
+        self._notifier.reloading()
+        fixed = _fixed(self._settings.config)
+        for name, value in _fixed(config).items():
+            if value != fixed[name]:
+                _log.warning("%s was changed; that takes a restart", name)
+        self._settings.take(config)
+        self._launcher.replace(_start_commands(config))
+        if self._coordinator is not None:
+            self._coordinator.set_settings(_fence_settings(config))
+        logging.getLogger("vmchannel_host").setLevel(config.log.level.value.upper())
+        logging.getLogger("fence_vmchannel").setLevel(config.log.level.value.upper())
+        _log.info("configuration read again: %d groups", len(config.policy.groups))
+        self._notifier.ready()
+
+    async def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            StartError: the journal, a socket or a directory cannot be used; the text names it.
+        """
+        config = self._settings.config
+        try:
+            config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
+            config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            journal = await Journal.open(
+                config.paths.state / "journal.db",
+                config.paths.state / "journal.key",
+                boot_id=self._parts.processes.boot_id,
+                wall_clock=self._parts.wall_clock,
+                boottime=self._parts.clock,
+            )
+        except (JournalError, OSError) as error:
+            raise StartError(str(error)) from error
+        try:
+            await self._run_with(journal)
+        finally:
+            await journal.close()
+
+    async def _run_with(self, journal: Journal) -> None:
+        config, parts = self._settings.config, self._parts
+        registry = VmRegistry(config.host, standalone=config.cluster.standalone)
+        instances = Instances(
+            host=config.host,
+            registry=registry,
+            hypervisor=self._hypervisor,
+            absence=parts.processes.absence,
+            store=journal,
+            clock=parts.clock,
+        )
+        names = AliasTable()
+        try:
+            await instances.restore()
+            names.restore(await journal.aliases())
+        except JournalError as error:
+            raise StartError(f"the journal cannot be read: {error}") from error
+        tasks = Tasks()
+        bus = LocalBus[Ordered](config.host)
+        shell = Shell(bus, self._hypervisor, instances, journal, parts.clock, tasks)
+        self._coordinator = coordinator = Coordinator(
+            shell, _fence_settings(config), parts.processes.boot_id
+        )
+        feed = Feed()
+        metrics = Metrics()
+        service = FenceService(
+            host=config.host,
+            boot_id=parts.processes.boot_id,
+            coordinator=coordinator,
+            instances=instances,
+            journal=journal,
+            policy=lambda: self._settings.policy,
+            names=names,
+            clock=parts.clock,
+            wall_clock=parts.wall_clock,
+            random_bytes=parts.random_bytes,
+            on_answer=metrics.operation_answered,
+        )
+        async with Hub(
+            PeerIdentity(parts.processes.boot_id, f"vmchanneld {fence_vmchannel.__version__}"),
+            access=AccessRules(open_default=ROOT_ONLY, offer_default=ROOT_ONLY),
+            limits=Limits(channels=config.limits.channels),
+            max_clients=config.limits.clients,
+            clock=parts.clock,
+            random_bytes=parts.random_bytes,
+        ) as hub:
+            ports = VmPorts(hub, config.ports.prefix, parts.peers)
+            reporter = Reporter(registry, ports, service, feed, parts.wall_clock)
+            instances.subscribe(reporter.on_instance)
+            hub.offer(FENCE_SERVICE, FenceChannels(service, reporter.on_guest).serve)
+            view = View(
+                host=config.host,
+                instances=instances,
+                policy=lambda: self._settings.policy,
+                names=names,
+                hub=hub,
+                ports=ports,
+                operations=coordinator,
+                operator=service,
+                journal=journal,
+                feed=feed,
+                health=self._health,
+                clock=parts.clock,
+            )
+            admin = AdminServer(view, metrics, config.paths.admin_socket)
+            await self._serve(hub, admin, instances, coordinator, tasks, reporter, journal)
+
+    async def _serve(
+        self,
+        hub: Hub,
+        admin: AdminServer,
+        instances: Instances,
+        coordinator: Coordinator,
+        tasks: Tasks,
+        reporter: Reporter,
+        journal: Journal,
+    ) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._hypervisor.run(), name="hypervisor")
+                group.create_task(instances.run(), name="instances")
+                group.create_task(tasks.run(), name="fencing")
+                group.create_task(reporter.follow(hub.watch()), name="reporter")
+                group.create_task(self._follow_journal(journal), name="journal check")
+                group.create_task(self._feed_watchdog(), name="watchdog")
+                try:
+                    await self._first_look(instances)
+                    await coordinator.resume()
+                    hub.serve(str(self._settings.config.paths.host_socket), mode=0o660)
+                    await admin.start()
+                except (JournalError, LinkError, AdminSocketError) as error:
+                    raise StartError(str(error)) from error
+                self._health.state = "ready"
+                self._notifier.ready(f"{len(instances.registry.vms())} VMs known")
+                _log.info("ready host=%s", self._settings.config.host)
+                await self._stop.wait()
+                await self._end(admin, coordinator)
+                raise _Stopped
+        except* _Stopped:
+            pass
+        except* StartError as group_error:
+            raise group_error.exceptions[0] from None
+        finally:
+            await admin.close(timeout_s=1.0)
+
+    async def _first_look(self, instances: Instances) -> None:
+        try:
+            await instances.look(timeout_s=FIRST_LOOK_S)
+        except (HypervisorError, TimeoutError) as error:
+            _log.warning("the first look failed; each fence will take its own: %s", error or "no answer in time")
+
+    async def _end(self, admin: AdminServer, coordinator: Coordinator) -> None:
+        """Accept nothing more, and give what runs a while: its outcome is worth more than a quick stop."""
+        self._health.state = "stopping"
+        self._notifier.stopping()
+        _log.info("stopping; %d operations run", len(coordinator.running()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                while coordinator.running():
+                    await asyncio.sleep(0.05)
+        await admin.close(timeout_s=1.0)
+
+    async def _follow_journal(self, journal: Journal) -> None:
+        """Know whether the journal can be read and pruned, for status and metrics."""
+        while True:
+            try:
+                await journal.prune(self._settings.config.journal.keep_s)
+                self._health.journal = "ok"
+            except JournalError as error:
+                self._health.journal = str(error)
+                _log.error("journal: %s", error)
+            await asyncio.sleep(CHECK_S)
+
+    async def _feed_watchdog(self) -> None:
+        interval_s = self._notifier.watchdog_interval_s
+        while interval_s is not None:
+            self._notifier.watchdog()
+            await asyncio.sleep(interval_s)
+
+
+class _Stopped(Exception):
+    """Asked to stop: ends the task group."""
+
+
+def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:
+    return {vm: command for one in config.hypervisors for vm, command in one.start.items()}
+
+
+def _fence_settings(config: HostConfig) -> FenceSettings:
+    return FenceSettings(
+        quit_timeout_s=config.fencing.quit_timeout_s,
+        timeout_s=config.fencing.timeout_s,
+        settle=config.fencing.after_kill is AfterKill.SETTLE,
+        standalone=config.cluster.standalone,
+    )
+
+
+def _fixed(config: HostConfig) -> dict[str, object]:
+    """What a running daemon cannot change, by key."""
+    return {
+        "host": HostName(config.host),
+        "paths": config.paths,
+        "ports": config.ports,
+        "hypervisors: sockets": tuple(one.sockets for one in config.hypervisors),
+        "limits": config.limits,
+        "cluster": config.cluster,
+    }

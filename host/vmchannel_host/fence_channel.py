@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The fence service on a VM's channel: messages in, answers out. The rules are in `fencing/`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from fence_vmchannel.channel import Channel
+from fence_vmchannel.errors import ChannelError, CloseCode, RemoteProtocolError
+from fence_vmchannel.messages import (
+    Announce,
+    AnnounceAnswer,
+    FenceAnswer,
+    FenceCancel,
+    FenceGreeting,
+    FenceMessage,
+    FenceProgress,
+    FenceRequest,
+    decode_message,
+    encode_message,
+)
+from fence_vmchannel.tlv import encode
+from vmchannel_host.fencing.service import ProgressSink, Requester
+from vmchannel_host.vm_ports import VmPort
+
+_log = logging.getLogger(__name__)
+
+MAX_REQUESTS: Final = 16
+"""Requests of one channel that may be under way; the next is read when one is answered (the sender waits)."""
+
+MAX_PROGRESS: Final = 32
+"""Progress messages that wait for one channel; a further one is dropped: it is for people."""
+
+
+class Answers(Protocol):
+    """What answers: `fencing.service.FenceService`."""
+
+    def greeting(self, requester: Requester) -> FenceGreeting: ...
+
+    async def answer(
+        self, request: FenceRequest, requester: Requester, progress: ProgressSink | None = None
+    ) -> FenceAnswer: ...
+
+    async def announce(self, announce: Announce, requester: Requester) -> AnnounceAnswer: ...
+
+    def cancel(self, request_id: bytes, requester: Requester) -> bool: ...
+
+
+class FenceChannels:
+    """Serves the channels of the fence service, one `serve` each."""
+
+    def __init__(self, service: Answers, on_guest: Callable[[Requester], None]) -> None:
+        """`on_guest` is told who has opened a channel, before anything is read from it."""
+        self._service = service
+        self._on_guest = on_guest
+
+    async def serve(self, channel: Channel) -> None:
+        """Answer one channel until it closes. Its requests that are intents go on without it (S5)."""
+        requester = requester_of(channel)
+        if requester is None:
+            channel.close(CloseCode.NOT_PERMITTED, "fencing is for VMs; the operator uses vmchannelctl")
+            return
+        self._on_guest(requester)
+        await channel.accept(encode(self._service.greeting(requester)))
+        progress: asyncio.Queue[FenceProgress] = asyncio.Queue(MAX_PROGRESS)
+        free = asyncio.Semaphore(MAX_REQUESTS)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_send_progress(channel, progress), name="fence progress")
+                while (message := await channel.receive()) is not None:
+                    await free.acquire()
+                    tasks.create_task(
+                        self._handle(channel, requester, decode_message(message), progress, free),
+                        name="fence request",
+                    )
+                raise _Closed
+        except* _Closed:
+            pass
+        except* RemoteProtocolError as group:
+            _log.warning("fence channel of %s refused: %s", channel.peer, group.exceptions[0])
+            channel.close(CloseCode.PROTOCOL, str(group.exceptions[0])[:200])
+        except* ChannelError:
+            pass  # the channel has ended; the client asks again with the same id
+
+    async def _handle(
+        self,
+        channel: Channel,
+        requester: Requester,
+        message: FenceMessage,
+        progress: asyncio.Queue[FenceProgress],
+        free: asyncio.Semaphore,
+    ) -> None:
+        def tell(one: FenceProgress) -> None:
+            with contextlib.suppress(asyncio.QueueFull):
+                progress.put_nowait(one)
+
+        try:
+            match message:
+                case FenceRequest():
+                    answer = await self._service.answer(message, requester, tell)
+                    await channel.send(encode_message(answer))
+                case Announce():
+                    await channel.send(encode_message(await self._service.announce(message, requester)))
+                case FenceCancel():
+                    self._service.cancel(message.request_id, requester)
+                case FenceProgress() | FenceAnswer() | AnnounceAnswer():
+                    raise RemoteProtocolError(f"a {type(message).__name__} is for clients")
+        finally:
+            free.release()
+
+
+class _Closed(Exception):
+    """The peer closed the channel: end the tasks that serve it."""
+
+
+async def _send_progress(channel: Channel, waiting: asyncio.Queue[FenceProgress]) -> None:
+    while True:
+        await channel.send(encode_message(await waiting.get()))
+
+
+def requester_of(channel: Channel) -> Requester | None:
+    """Who speaks through a channel: the VM of its socket (S9); None for a local application."""
+    port = channel.peer.info
+    if not isinstance(port, VmPort):
+        return None
+    said = channel.peer_identity
+    return Requester(
+        vm=port.vm_uuid, name=port.name, process=port.identity, guest_boot_id=said.boot_id if said else ""
+    )

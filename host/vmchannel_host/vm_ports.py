@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps the hub's peers in step with the ports of the VMs: attached while an instance has them, let go with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fence_vmchannel.errors import LinkError
+from fence_vmchannel.hub import Hub
+from fence_vmchannel.links.chardev import ChardevConnector
+from fence_vmchannel.peers import PeerInfo, PeerKind
+from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.peer import ChardevPeers
+from vmchannel_host.model import NIL_UUID, Instance, Port, PortName, ProcessIdentity, RunState, VmUuid
+
+
+@dataclass(frozen=True, slots=True)
+class VmPort:
+    """A port of one instance: what `PeerInfo.info` holds for a VM."""
+
+    identity: ProcessIdentity
+    name: str  # of the VM, "" when unknown; untrusted text
+    port: Port
+
+    @property
+    def vm_uuid(self) -> VmUuid:
+        """The VM whose port it is."""
+        return self.identity.vm_uuid
+
+
+class VmPorts:
+    """The ports that are served. One instance of a VM speaks for it: the running one before any other."""
+
+    def __init__(self, hub: Hub, prefix: str, peers: ChardevPeers) -> None:
+        """`prefix`: names of the ports to serve begin so; `peers` checks who listens behind a chardev's socket."""
+        self._hub = hub
+        self._prefix = prefix
+        self._peers = peers
+        self._served: dict[tuple[VmUuid, PortName], tuple[VmPort, PeerInfo]] = {}
+
+    def update(self, vm: VmUuid, instances: Iterable[Instance]) -> None:
+        """The VM has these instances now: attach and detach what changed."""
+        wanted = {port.port.name: port for port in self._wanted(vm, instances)}
+        for key in [key for key in self._served if key[0] == vm]:
+            served, peer = self._served[key]
+            want = wanted.get(key[1])
+            if want is None or _is_another(want, served):
+                del self._served[key]
+                self._hub.detach(peer)
+        for name, want in wanted.items():
+            key = (vm, name)
+            if key not in self._served:
+                self._served[key] = (want, self._attach(want))
+                continue
+            served, peer = self._served[key]
+            self._served[key] = (want, peer)
+            if served.port.guest_open and not want.port.guest_open:
+                self._hub.guest_closed(peer)
+
+    def served(self) -> tuple[VmPort, ...]:
+        """All ports that are attached now."""
+        return tuple(port for port, _ in self._served.values())
+
+    def _wanted(self, vm: VmUuid, instances: Iterable[Instance]) -> list[VmPort]:
+        if vm == NIL_UUID:  # no identity (S9): nobody to speak for
+            return []
+        ranked = sorted(instances, key=lambda one: one.run_state is not RunState.RUNNING)
+        taken: dict[PortName, VmPort] = {}
+        for instance in ranked:
+            for port in instance.ports:
+                if port.name.startswith(self._prefix) and port.chardev_path and port.name not in taken:
+                    taken[port.name] = VmPort(instance.identity, instance.name, port)
+        return list(taken.values())
+
+    def _attach(self, port: VmPort) -> PeerInfo:
+        peer = PeerInfo(
+            name=port.name or port.vm_uuid, kind=PeerKind.VM, port=port.port.name, key=port.vm_uuid, info=port
+        )
+        self._hub.attach(peer, ChardevConnector(port.port.chardev_path, self._verifier(port)))
+        return peer
+
+    def _verifier(self, port: VmPort) -> Callable[[int], asyncio.Future[None]]:
+        def check(pid: int) -> None:
+            try:
+                identity = self._peers.verify(pid, port.vm_uuid)
+            except HypervisorError as error:
+                raise LinkError(str(error)) from error
+            if identity != port.identity:
+                raise LinkError(f"the socket is served by another instance of the VM: {identity}")
+
+        # Reads files under /proc, which can block: not on the event loop.
+        return lambda pid: asyncio.ensure_future(asyncio.to_thread(check, pid))
+
+
+def _is_another(want: VmPort, served: VmPort) -> bool:
+    return (want.identity, want.name, want.port.chardev_path) != (
+        served.identity,
+        served.name,
+        served.port.chardev_path,
+    )
