@@ -216,9 +216,9 @@ class Coordinator:
     def _deliver(self, delivered: BusDelivered[Ordered]) -> None:
         message = delivered.message
         if isinstance(message, Intent):
-            run = self._runs.get(message.operation) or self._new_run(message)
-            run.token = delivered.token
-            self._place(run)
+            placed = self._runs.get(message.operation) or self._new_run(message)
+            placed.token = delivered.token
+            self._place(placed)
             return
         run = self._runs.get(message.operation)
         if isinstance(message, StartReport):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What fencing asks of the journal: small Protocols, which `vmchannel_host.journal.Journal` implements.
 
-What a method stores is durable when it returns. Whatever raises `JournalError` has failed, and what needed it is
-refused.
+What a method stores is durable when it returns. Whatever raises `JournalError` has failed, and what needed it
+is refused.
 """
 
 from __future__ import annotations
