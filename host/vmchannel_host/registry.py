@@ -176,7 +176,7 @@ class VmRegistry:
     def objections(self, vm: VmUuid) -> tuple[str, ...]:
         """All that stands against calling the VM off.
 
-        An empty answer is necessary for that claim and not enough: a fresh look must find nothing either. A VM
+        An empty answer is necessary for that claim, not enough: a fresh look must find nothing either. A VM
         that was never seen has no objections here.
         """
         found = [

@@ -235,4 +235,4 @@ class VmHistory:
 
 def _ran(row: KnownInstance) -> bool:
     """Whether the VM was seen to live in a process that is known from the records."""
-    return row.migration in (Migration.NONE, Migration.OUTGOING, Migration.COMPLETED)
+    return row.migration in (Migration.NONE, Migration.OUTGOING)
