@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,11 +26,12 @@ _MAX_NAME_BYTES = 4096  # a sysfs attribute is one page
 
 @dataclass(frozen=True, slots=True)
 class PortPaths:
-    """Where the system shows its ports; tests give a directory of their own."""
+    """Where the system shows its ports and how a node is opened; tests give their own."""
 
     sysfs: str = SYSFS_PORTS
     dev: str = "/dev"
     proc: str = "/proc"
+    open: Callable[[str, int], int] = os.open
 
 
 SYSTEM_PATHS: Final = PortPaths()
@@ -104,7 +105,7 @@ def open_port(name: str, paths: PortPaths = SYSTEM_PATHS) -> GuestPort:
     """
     port = find_port(name, paths)
     try:
-        return open_node(port.node, name)
+        return open_node(port.node, name, paths.open)
     except PortBusy as error:
         holder = holder_of(port.node, paths)
         by = str(holder) if holder else "a process that this user may not see"

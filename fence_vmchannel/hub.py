@@ -192,11 +192,14 @@ class Hub:
             entry.endpoint.detail = "the guest has closed the port"
             entry.endpoint.relink()
 
-    def serve_ports(self, prefix: str = PORT_PREFIX, paths: PortPaths = SYSTEM_PATHS) -> None:
-        """Guest: keep every port whose name begins with `prefix` open, as the peer "host", as they come and
-        go.
+    def serve_ports(
+        self, prefix: str = PORT_PREFIX, paths: PortPaths = SYSTEM_PATHS, *, rescan_s: float | None = None
+    ) -> None:
+        """Guest: keep every port whose name begins with `prefix` open, as the peer "host", while it is there.
+
+        `rescan_s`: seconds between scans without an event; None: 30, or 1 where there are no kernel uevents.
         """
-        follow = follow_ports(prefix, paths, lambda names: self._ports_changed(names, paths))
+        follow = follow_ports(prefix, paths, lambda names: self._ports_changed(names, paths), rescan_s)
         self._tasks.start(follow, "ports of this machine")
 
     # --- local applications ---

@@ -37,10 +37,12 @@ class PortConnector:
         return open_port(self._name, self._paths)
 
 
-async def follow_ports(prefix: str, paths: PortPaths, changed: Callable[[frozenset[str]], None]) -> None:
+async def follow_ports(
+    prefix: str, paths: PortPaths, changed: Callable[[frozenset[str]], None], rescan_s: float | None
+) -> None:
     """Call `changed` with the names of all ports that begin with `prefix`: at once, and after each change."""
     known: frozenset[str] | None = None
-    async with _uevents() as (event, rescan_s):
+    async with _uevents() as (event, pause_s):
         while True:
             names = sorted({port.name for port in scan_ports(paths) if port.name.startswith(prefix)})
             if len(names) > MAX_PORTS:
@@ -52,7 +54,7 @@ async def follow_ports(prefix: str, paths: PortPaths, changed: Callable[[frozens
                 known = found
                 changed(found)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rescan_s):
+                async with asyncio.timeout(pause_s if rescan_s is None else rescan_s):
                     await event.wait()
             event.clear()
 

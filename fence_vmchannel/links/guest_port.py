@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from fence_vmchannel.errors import LinkError, PortBusy, PortNotFound
@@ -148,7 +149,7 @@ class GuestPort:
         self._device.close()
 
 
-def open_node(node: str, name: str) -> GuestPort:
+def open_node(node: str, name: str, opener: Callable[[str, int], int] = os.open) -> GuestPort:
     """Open the device node `node` of the port `name`.
 
     Raises:
@@ -157,7 +158,7 @@ def open_node(node: str, name: str) -> GuestPort:
         LinkError: any other reason, permission for instance.
     """
     try:
-        fd = os.open(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        fd = opener(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise PortBusy(f"port {name} ({node}) is held by another program") from error
