@@ -15,7 +15,7 @@ from fence_vmchannel.errors import (
     LocalProtocolError,
     MessageTooLarge,
 )
-from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Limits, Priority
+from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Limits, PeerIdentity, Priority
 from fence_vmchannel.outcomes import closing_error
 from fence_vmchannel.peers import PeerInfo
 
@@ -50,6 +50,11 @@ class Channel:
     def peer(self) -> PeerInfo:
         """Who is at the other end."""
         return self._peer
+
+    @property
+    def peer_identity(self) -> PeerIdentity | None:
+        """What the other side's hub said of itself in its last greeting: untrusted, but bound to the session."""
+        return self._endpoint.connection.peer
 
     @property
     def target(self) -> str:

@@ -25,11 +25,12 @@ from vmchannel_host.aliases import AliasTable
 from vmchannel_host.bus.local import LocalBus
 from vmchannel_host.config_model import AfterKill, HostConfig
 from vmchannel_host.feed import Feed
-from vmchannel_host.fence_channel import FenceChannels
-from vmchannel_host.fencing.coordinator import Coordinator, FenceSettings
+from vmchannel_host.fence_channel import FenceChannels, Metered
+from vmchannel_host.fencing.coordinator import Coordinator
+from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Ordered
-from vmchannel_host.fencing.run import Shell
+from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
@@ -123,7 +124,7 @@ class Daemon:
         self._stop.set()
 
     def reload(self, config: HostConfig) -> None:
-        """Take over what a checked configuration changes: policy, aliases, fencing, standalone, start commands."""
+        """Take over what a checked configuration changes: policy, aliases, fencing, start commands."""
         self._notifier.reloading()
         fixed = _fixed(self._settings.config)
         for name, value in _fixed(config).items():
@@ -182,9 +183,7 @@ class Daemon:
         tasks = Tasks()
         bus = LocalBus[Ordered](config.host)
         shell = Shell(bus, self._hypervisor, instances, journal, parts.clock, tasks)
-        self._coordinator = coordinator = Coordinator(
-            shell, _fence_settings(config), parts.processes.boot_id
-        )
+        self._coordinator = coordinator = Coordinator(shell, _fence_settings(config), parts.processes.boot_id)
         feed = Feed()
         metrics = Metrics()
         service = FenceService(
@@ -197,9 +196,10 @@ class Daemon:
             names=names,
             clock=parts.clock,
             wall_clock=parts.wall_clock,
+            tasks=tasks,
             random_bytes=parts.random_bytes,
-            on_answer=metrics.operation_answered,
         )
+        answers = Metered(service, metrics.operation_answered, parts.clock)
         async with Hub(
             PeerIdentity(parts.processes.boot_id, f"vmchanneld {fence_vmchannel.__version__}"),
             access=AccessRules(open_default=ROOT_ONLY, offer_default=ROOT_ONLY),
@@ -211,7 +211,7 @@ class Daemon:
             ports = VmPorts(hub, config.ports.prefix, parts.peers)
             reporter = Reporter(registry, ports, service, feed, parts.wall_clock)
             instances.subscribe(reporter.on_instance)
-            hub.offer(FENCE_SERVICE, FenceChannels(service, reporter.on_guest).serve)
+            hub.offer(FENCE_SERVICE, FenceChannels(answers, reporter.on_guest).serve)
             view = View(
                 host=config.host,
                 instances=instances,
@@ -220,7 +220,7 @@ class Daemon:
                 hub=hub,
                 ports=ports,
                 operations=coordinator,
-                operator=service,
+                operator=answers,
                 journal=journal,
                 feed=feed,
                 health=self._health,
@@ -239,6 +239,7 @@ class Daemon:
         reporter: Reporter,
         journal: Journal,
     ) -> None:
+        failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._hypervisor.run(), name="hypervisor")
@@ -253,7 +254,8 @@ class Daemon:
                     hub.serve(str(self._settings.config.paths.host_socket), mode=0o660)
                     await admin.start()
                 except (JournalError, LinkError, AdminSocketError) as error:
-                    raise StartError(str(error)) from error
+                    failure = error
+                    raise _Stopped from error
                 self._health.state = "ready"
                 self._notifier.ready(f"{len(instances.registry.vms())} VMs known")
                 _log.info("ready host=%s", self._settings.config.host)
@@ -262,16 +264,18 @@ class Daemon:
                 raise _Stopped
         except* _Stopped:
             pass
-        except* StartError as group_error:
-            raise group_error.exceptions[0] from None
         finally:
             await admin.close(timeout_s=1.0)
+        if failure is not None:
+            raise StartError(str(failure)) from failure
 
     async def _first_look(self, instances: Instances) -> None:
         try:
             await instances.look(timeout_s=FIRST_LOOK_S)
         except (HypervisorError, TimeoutError) as error:
-            _log.warning("the first look failed; each fence will take its own: %s", error or "no answer in time")
+            _log.warning(
+                "the first look failed; each fence will take its own: %s", error or "no answer in time"
+            )
 
     async def _end(self, admin: AdminServer, coordinator: Coordinator) -> None:
         """Accept nothing more, and give what runs a while: its outcome is worth more than a quick stop."""
@@ -280,7 +284,7 @@ class Daemon:
         _log.info("stopping; %d operations run", len(coordinator.running()))
         with suppress(TimeoutError):
             async with asyncio.timeout(GRACE_S):
-                while coordinator.running():
+                while coordinator.running():  # noqa: ASYNC110 (ends once in a life; no event is worth it)
                     await asyncio.sleep(0.05)
         await admin.close(timeout_s=1.0)
 
@@ -314,8 +318,9 @@ def _fence_settings(config: HostConfig) -> FenceSettings:
     return FenceSettings(
         quit_timeout_s=config.fencing.quit_timeout_s,
         timeout_s=config.fencing.timeout_s,
-        settle=config.fencing.after_kill is AfterKill.SETTLE,
-        standalone=config.cluster.standalone,
+        rules=Rules(
+            settle=config.fencing.after_kill is AfterKill.SETTLE, standalone=config.cluster.standalone
+        ),
     )
 
 

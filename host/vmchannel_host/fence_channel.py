@@ -14,8 +14,10 @@ from fence_vmchannel.errors import ChannelError, CloseCode, RemoteProtocolError
 from fence_vmchannel.messages import (
     Announce,
     AnnounceAnswer,
+    FenceAction,
     FenceAnswer,
     FenceCancel,
+    FenceCode,
     FenceGreeting,
     FenceMessage,
     FenceProgress,
@@ -24,7 +26,7 @@ from fence_vmchannel.messages import (
     encode_message,
 )
 from fence_vmchannel.tlv import encode
-from vmchannel_host.fencing.service import ProgressSink, Requester
+from vmchannel_host.fencing.service import FenceService, ProgressSink, Requester
 from vmchannel_host.vm_ports import VmPort
 
 _log = logging.getLogger(__name__)
@@ -111,6 +113,34 @@ class FenceChannels:
                     raise RemoteProtocolError(f"a {type(message).__name__} is for clients")
         finally:
             free.release()
+
+
+class Metered:
+    """A fence service whose answers are counted, whoever asks."""
+
+    def __init__(
+        self,
+        service: FenceService,
+        count: Callable[[FenceAction, FenceCode, float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`count` gets action, code and seconds of every answer."""
+        self._service = service
+        self._count = count
+        self._clock = clock
+        self.greeting = service.greeting
+        self.announce = service.announce
+        self.cancel = service.cancel
+        self.operator_request = service.operator_request
+
+    async def answer(
+        self, request: FenceRequest, requester: Requester, progress: ProgressSink | None = None
+    ) -> FenceAnswer:
+        """`FenceService.answer`."""
+        began = self._clock()
+        answer = await self._service.answer(request, requester, progress)
+        self._count(request.action, answer.code, self._clock() - began)
+        return answer
 
 
 class _Closed(Exception):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmchanneld`: the host daemon's command line and life, from reading the configuration to the last signal."""
+"""`vmchanneld`: the host daemon's command line, its signals and its exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon until SIGTERM. Returns the exit code: 0 stopped in order, 1 failed, 2 wrong configuration."""
+    """Run the daemon until SIGTERM; returns the exit code: 0 stopped, 1 failed, 2 wrong configuration."""
     options = _parser().parse_args(argv)
     if options.check_config is not None:
         return _check(options.check_config, sys.stdout, sys.stderr)
@@ -64,7 +64,7 @@ async def run(daemon: Daemon, config_path: Path) -> None:
 
 
 def reload(daemon: Daemon, config_path: Path) -> None:
-    """Read the configuration again; a wrong one changes nothing (S10). Blocks for the time of reading a few files."""
+    """Read the configuration again (blocks briefly); a wrong one changes nothing (S10)."""
     try:
         config: HostConfig = load_config(config_path)
     except ConfigError as error:
@@ -87,7 +87,7 @@ def _check(path: Path, out: TextIO, err: TextIO) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmchanneld",
-        description="Serves the org.vmchannel.* ports of the virtual machines of this host, and fences them with proof.",
+        description="Serves the org.vmchannel.* ports of this host's VMs, and fences them with proof.",
         epilog="Signals: SIGTERM stops, SIGHUP reads the configuration again. "
         "Exit codes: 0 stopped in order, 1 failed, 2 usage or configuration.",
     )

@@ -75,7 +75,7 @@ class Reporter:
         self._ports.update(vm, self._registry.instances(vm))
 
     def on_guest(self, requester: Requester) -> None:
-        """A guest opened the fence service: another kernel boot than before ends its earlier requests (S6)."""
+        """A guest opened the fence service; another kernel boot ends its earlier requests (S6)."""
         if requester.vm is None:
             return
         before = self._boots.get(requester.vm)

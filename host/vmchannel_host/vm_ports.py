@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keeps the hub's peers in step with the ports of the VMs: attached while an instance has them, let go with it."""
+"""Keeps the hub's peers in step with the ports of the VMs: a port is attached while an instance has it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class VmPorts:
     """The ports that are served. One instance of a VM speaks for it: the running one before any other."""
 
     def __init__(self, hub: Hub, prefix: str, peers: ChardevPeers) -> None:
-        """`prefix`: names of the ports to serve begin so; `peers` checks who listens behind a chardev's socket."""
+        """`prefix`: of the names of ports to serve; `peers` checks who listens behind a chardev's socket."""
         self._hub = hub
         self._prefix = prefix
         self._peers = peers

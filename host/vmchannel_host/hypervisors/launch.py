@@ -61,11 +61,15 @@ class Launcher:
             environment: of the command.
             patience_s: a command that still runs after this many seconds is the VM itself, or takes its time.
         """
-        self._commands = {key.lower() if _is_uuid(key) else key: value for key, value in commands.items()}
+        self.replace(commands)
         self._systemd = systemd
         self._systemd_run = systemd_run
         self._environment = dict(environment)
         self._patience_s = patience_s
+
+    def replace(self, commands: Mapping[str, tuple[str, ...]]) -> None:
+        """Take the commands of a reloaded configuration."""
+        self._commands = {key.lower() if _is_uuid(key) else key: value for key, value in commands.items()}
 
     def can_start(self, vm: VmUuid, name: str) -> bool:
         return self._command(vm, name) is not None
