@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The cluster bus: one agreed order of messages for all hosts.
 
-The bus is not the truth (S11): it orders messages and says which view they belong to; what a message proves is
-decided in `vmchannel_host.fencing`.
+The bus is not the truth (S11): it orders messages and says which view they belong to; what a message proves
+is decided in `vmchannel_host.fencing`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Bus(Protocol[M]):
         ...
 
     def subscribe(self, handler: Callable[[Delivered[M]], None]) -> None:
-        """Call `handler` for each delivery from now on, one at a time, in order. It must not block or raise."""
+        """Call `handler` for each delivery from now on, one at a time, in order. It must not block."""
         ...
 
     def publish(self, message: M) -> None:

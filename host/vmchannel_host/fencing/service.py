@@ -206,7 +206,7 @@ class FenceService:
             return self._refusal(request, requester, FenceCode.DEADLINE, "no answer in time: unknown")
 
     def cancel(self, request_id: bytes, requester: Requester) -> bool:
-        """The client stops waiting. True: dropped before it was an intent; False: it goes on, or is unknown."""
+        """The client stops waiting. True: dropped, no intent follows; False: it goes on, or is unknown."""
         flight = self._flights.get(request_id)
         if flight is None or flight.begun or flight.requester.key != requester.key:
             return False

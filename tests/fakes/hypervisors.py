@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Hypervisors that behave, and hypervisors that do not: one class for each fault."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from vmchannel_host.hypervisors import CannotStart, Ended, HypervisorError, HypervisorEvent, NotProven, Seen
+from vmchannel_host.model import (
+    BootId,
+    EndCause,
+    EndProof,
+    HostName,
+    Instance,
+    InstanceEnded,
+    InstanceReset,
+    IoState,
+    Look,
+    Migration,
+    ProcessIdentity,
+    RunState,
+    VmUuid,
+)
+
+HOST = HostName("hv1")
+BOOT = BootId("boot-1")
+EXECUTABLE = "/usr/bin/qemu-system-x86_64"
+
+
+class FakeHypervisor:
+    """VMs in memory; every action takes `delay_s` and is logged in `acts`."""
+
+    def __init__(self, clock: Callable[[], float], *, delay_s: float = 0.01) -> None:
+        self.clock = clock
+        self.delay_s = delay_s
+        self.instances: dict[ProcessIdentity, Instance] = {}
+        self.watched_ends: dict[ProcessIdentity, InstanceEnded] = {}
+        self.acts: list[str] = []
+        self.looks = 0
+        self.silent: tuple[tuple[VmUuid, str], ...] = ()
+        self.conflicts: tuple[str, ...] = ()
+        self.io = IoState.DRAINED
+        self.cause = EndCause.QUIT
+        self.startable: set[VmUuid] = set()
+        self.boot_s = 0.5  # from start to running
+        self._next_pid = 100
+        self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
+
+    # what a test does to it
+
+    def add(
+        self,
+        vm: VmUuid,
+        name: str,
+        *,
+        run_state: RunState = RunState.RUNNING,
+        migration: Migration = Migration.NONE,
+        resettable: bool = True,
+    ) -> ProcessIdentity:
+        """A new process of a VM."""
+        self._next_pid += 1
+        identity = ProcessIdentity(self._next_pid, self._next_pid * 10, EXECUTABLE, vm, BOOT)
+        instance = Instance(identity, name, run_state, migration, resettable=resettable)
+        self.change(instance)
+        return identity
+
+    def change(self, instance: Instance) -> None:
+        """An instance appears, or changes."""
+        self.instances[instance.identity] = instance
+        self._events.put_nowait(Seen(instance))
+
+    def vanish(self, identity: ProcessIdentity, *, watched: bool) -> None:
+        """The process ends without us."""
+        instance = self.instances.pop(identity)
+        if watched:
+            departed = instance.migration in (Migration.OUTGOING, Migration.COMPLETED)
+            end = InstanceEnded(
+                HOST, identity, EndProof.PIDFD, EndCause.NONE, IoState.DRAINED, departed, elapsed_ms=0
+            )
+            self.watched_ends[identity] = end
+            self._events.put_nowait(Ended(end))
+
+    def absence(self, identity: ProcessIdentity) -> EndProof | None:
+        """What a process table says of a recorded process."""
+        if identity.boot_id != BOOT:
+            return EndProof.OTHER_BOOT
+        return None if identity in self.instances else EndProof.ABSENT
+
+    def count(self, act: str) -> int:
+        """How often something was done."""
+        return sum(one.split()[0] == act for one in self.acts)
+
+    # the protocol
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def events(self) -> AsyncIterator[HypervisorEvent]:
+        while True:
+            yield await self._events.get()
+
+    async def look(self, *, timeout_s: float) -> Look:
+        self.looks += 1
+        at = self.clock()
+        await asyncio.sleep(self.delay_s)
+        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts)
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        self.acts.append(f"off {identity.pid}")
+        await asyncio.sleep(self.delay_s)
+        return self.end(identity)
+
+    def end(self, identity: ProcessIdentity) -> InstanceEnded:
+        """End a process and prove it."""
+        instance = self.instances.pop(identity, None)
+        if instance is None:
+            watched = self.watched_ends.get(identity)
+            return watched or InstanceEnded(
+                HOST, identity, EndProof.ABSENT, EndCause.NONE, IoState.UNPROVEN, departed=False, elapsed_ms=0
+            )
+        departed = instance.migration in (Migration.OUTGOING, Migration.COMPLETED)
+        end = InstanceEnded(HOST, identity, EndProof.PIDFD, self.cause, self.io, departed, elapsed_ms=13)
+        self.watched_ends[identity] = end
+        self._events.put_nowait(Ended(end))
+        return end
+
+    async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
+        self.acts.append(f"reset {identity.pid}")
+        await asyncio.sleep(self.delay_s)
+        instance = self.instances.get(identity)
+        if instance is None or instance.run_state is not RunState.RUNNING:
+            raise HypervisorError("not running")
+        return InstanceReset(HOST, identity, elapsed_ms=4)
+
+    def can_start(self, vm: VmUuid, name: str) -> bool:
+        return vm in self.startable
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        self.acts.append(f"start {name}")
+        if vm not in self.startable:
+            raise CannotStart("no start command is configured")
+        await asyncio.sleep(self.delay_s)
+        identity = self.add(vm, name, run_state=RunState.PRELAUNCH)
+        asyncio.get_running_loop().call_later(self.boot_s, self._boot, identity)
+
+    def _boot(self, identity: ProcessIdentity) -> None:
+        instance = self.instances.get(identity)
+        if instance is not None:
+            self.change(replace(instance, run_state=RunState.RUNNING))
+
+
+class HungHypervisor(FakeHypervisor):
+    """`off` of the VMs in `hung` (of all, when it is empty) never returns."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.hung: set[VmUuid] = set()
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        if not self.hung or identity.vm_uuid in self.hung:
+            self.acts.append(f"off {identity.pid}")
+            await asyncio.Event().wait()
+        return await super().off(identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s)
+
+
+class LateHypervisor(FakeHypervisor):
+    """`off` takes `late_s`, longer than it was told to, and then works."""
+
+    late_s = 60.0
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        self.acts.append(f"off {identity.pid}")
+        await asyncio.sleep(self.late_s)
+        return self.end(identity)
+
+
+class FailingHypervisor(FakeHypervisor):
+    """`off` says that nothing was proven."""
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        self.acts.append(f"off {identity.pid}")
+        raise NotProven("the process does not end")
+
+
+class LyingHypervisor(FakeHypervisor):
+    """`off` shows a proof, but the process goes on."""
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        self.acts.append(f"off {identity.pid}")
+        return InstanceEnded(
+            HOST, identity, EndProof.PIDFD, EndCause.QUIT, IoState.DRAINED, departed=False, elapsed_ms=1
+        )
+
+
+class MixedUpHypervisor(FakeHypervisor):
+    """`off` proves the end of another process than the one that was named."""
+
+    async def off(
+        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+    ) -> InstanceEnded:
+        self.acts.append(f"off {identity.pid}")
+        other = replace(identity, pid=identity.pid + 1)
+        return InstanceEnded(
+            HOST, other, EndProof.PIDFD, EndCause.QUIT, IoState.DRAINED, departed=False, elapsed_ms=1
+        )
+
+
+class ForgetfulHypervisor(FakeHypervisor):
+    """Looks answer from memory: what was seen before they were asked for."""
+
+    async def look(self, *, timeout_s: float) -> Look:
+        self.looks += 1
+        return Look(HOST, self.clock() - 1.0, (), ())
+
+
+class BlindHypervisor(FakeHypervisor):
+    """Looks fail."""
+
+    async def look(self, *, timeout_s: float) -> Look:
+        raise HypervisorError("/proc cannot be read")
+
+
+class RevivingHypervisor(FakeHypervisor):
+    """Somebody else starts the VM again, `lives` times, as soon as it is off."""
+
+    lives = 2
+
+    def end(self, identity: ProcessIdentity) -> InstanceEnded:
+        instance = self.instances.get(identity)
+        end = super().end(identity)
+        if instance is not None and self.lives > 0:
+            self.lives -= 1
+            self.add(instance.vm_uuid, instance.name)
+        return end
+
+
+class MigratingHypervisor(FakeHypervisor):
+    """The VM migrates away between the request and the action."""
+
+    def end(self, identity: ProcessIdentity) -> InstanceEnded:
+        instance = self.instances.get(identity)
+        if instance is not None:
+            self.instances[identity] = replace(
+                instance, run_state=RunState.POSTMIGRATE, migration=Migration.COMPLETED
+            )
+        return super().end(identity)
+
+
+class UnresettableHypervisor(FakeHypervisor):
+    """`system_reset` brings no RESET event."""
+
+    async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
+        self.acts.append(f"reset {identity.pid}")
+        await asyncio.sleep(timeout_s)
+        raise HypervisorError("no RESET event")
+
+
+class SecondCopyHypervisor(FakeHypervisor):
+    """While the VM is being reset, a second copy of it appears."""
+
+    async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
+        self.add(identity.vm_uuid, self.instances[identity].name, run_state=RunState.PAUSED)
+        return await super().reset(identity, timeout_s=timeout_s)
+
+
+class SlowStartHypervisor(FakeHypervisor):
+    """The start command takes `start_s`; only then is there a process."""
+
+    start_s = 3.0
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        self.acts.append(f"start {name}")
+        await asyncio.sleep(self.start_s)
+        self.add(vm, name)
+
+
+class BarrenHypervisor(FakeHypervisor):
+    """The start command says that it worked, and nothing comes of it."""
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        self.acts.append(f"start {name}")
+
+
+class BreakingStartHypervisor(FakeHypervisor):
+    """The start command fails."""
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        self.acts.append(f"start {name}")
+        raise CannotStart("exit status 1: no such disk")
