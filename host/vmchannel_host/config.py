@@ -107,13 +107,16 @@ def load_config(path: Path | str, *, host_name: str | None = None) -> HostConfig
     Raises:
         ConfigError: the files are missing or wrong; it names every problem. Keep the configuration in force.
     """
+    path = Path(path)
     default_host = socket.gethostname() if host_name is None else host_name
-    files, problems = _read_all(Path(path))
+    files, problems = _read_all(path)
     problems += _check(files)
     if problems:
+        # host.yaml first, then policy.d by name: a file that could not be parsed stands among the others.
+        problems.sort(key=lambda one: (one.file != str(path), one.file, one.line, one.column))
         raise ConfigError(problems)
     config = build_config(files, default_host)
-    _check_default_host(config.host, Path(path))
+    _check_default_host(config.host, path)
     return config
 
 
@@ -173,7 +176,7 @@ def _read(path: Path) -> bytes:
 
 
 def _check(files: Sequence[ReadFile]) -> list[ConfigProblem]:
-    """All problems of the files that could be parsed, in the order of files and lines."""
+    """All problems of the files that could be parsed."""
     found: list[tuple[ReadFile, Violation]] = list(check_duplicate_groups(files))
     problems: list[ConfigProblem] = []
     for file in files:
@@ -191,8 +194,7 @@ def _check(files: Sequence[ReadFile]) -> list[ConfigProblem]:
             document.key_position(violation.path) if violation.at_key else document.position(violation.path)
         )
         problems.append(_problem(file, position, violation.path, violation.message))
-    order = {file.name: number for number, file in enumerate(files)}
-    return sorted(problems, key=lambda problem: (order[problem.file], problem.line, problem.column))
+    return problems
 
 
 def _schema(file: ReadFile) -> Schema:
