@@ -95,7 +95,8 @@ def look_at_storage(pid: int, command: CommandLine, *, proc: Path = Path("/proc"
     sockets: set[str] = set()
     try:
         memory = _memory_devices(base)
-        names = sorted(os.listdir(base / "fd"), key=int)
+        # 0 to 2 are what its starter gave it: a log file, the system log's socket.
+        names = [name for name in os.listdir(base / "fd") if int(name) > 2]
         if len(names) > MAX_FILES:
             raise _Unprovable(f"it has more than {MAX_FILES} files open")
         for name in names:
@@ -134,8 +135,7 @@ def _look_at_descriptor(
     try:
         target = os.readlink(link)
         if target.startswith("socket:["):
-            if int(name) > 2:  # 0 to 2 are what its starter gave it: the system log, for one
-                sockets.add(target[len("socket:[") : -1])
+            sockets.add(target[len("socket:[") : -1])
             return
         if not target.startswith("/") or target.startswith("/memfd:"):
             return

@@ -205,9 +205,10 @@ class InstanceTable:
     def conflicts(self) -> tuple[str, ...]:
         """One UUID with two names that no watched migration joins (S9)."""
         names: dict[VmUuid, set[str]] = {}
-        for instance in (watched.instance() for watched in self.all()):
-            if instance.name and instance.migration in (Migration.NONE, Migration.UNKNOWN):
-                names.setdefault(instance.vm_uuid, set()).add(instance.name)
+        for watched in self.all():
+            name = watched.instance().name
+            if name and watched.last_migration in (Migration.NONE, Migration.UNKNOWN):
+                names.setdefault(watched.identity.vm_uuid, set()).add(name)
         return tuple(
             f"VM {vm_uuid} has {len(found)} names: {', '.join(repr(name[:100]) for name in sorted(found))}"
             for vm_uuid, found in names.items()

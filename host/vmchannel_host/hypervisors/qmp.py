@@ -199,10 +199,13 @@ class QmpHypervisor:
             HypervisorError: the process of that pid and start time is another than the one named.
         """
         watched = self._table.get((identity.pid, identity.start_time))
-        if watched is None:
+        if watched is None or identity.boot_id != self._processes.boot_id:
             watched = await self._open(identity, timeout_s)
         if watched.identity != identity:
-            raise HypervisorError(f"{identity} is named, but there runs {watched.identity}")
+            named, runs = identity, watched.identity
+            raise HypervisorError(
+                f"{named} of VM {named.vm_uuid} is named, but {runs} of VM {runs.vm_uuid} runs"
+            )
         return watched
 
     async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:

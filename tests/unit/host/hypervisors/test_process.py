@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Processes found and identified in a made-up /proc. Pidfds are pipes: readable when the writer is closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
+from vmchannel_host.hypervisors.process import (
+    NotAVm,
+    ProcessGone,
+    ProcessTable,
+    Unidentified,
+    VerifiedProcess,
+    parse_stat,
+)
+from vmchannel_host.model import BootId, EndProof, ProcessIdentity, VmUuid
+
+UUID = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
+OTHER = VmUuid("11111111-2222-4333-8444-555555555555")
+QEMU = "/usr/bin/qemu-system-x86_64"
+BOOT = BootId("this-boot")
+
+
+def stat_line(pid: int, start_time: int, *, command: str = "qemu", state: str = "S", threads: int = 1) -> str:
+    fields = [state, "1"] + ["0"] * 15 + [str(threads), "0", str(start_time)] + ["0"] * 30
+    return f"{pid} ({command}) {' '.join(fields)}\n"
+
+
+class Proc:
+    """A /proc of our making, with the pidfds of its processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._writers: dict[int, int] = {}
+        self._opened: list[VerifiedProcess] = []
+        self.on_pidfd_open: dict[int, OSError] = {}
+        self.add(1, executable="/sbin/init", arguments=("init",))
+
+    def add(
+        self,
+        pid: int,
+        *,
+        start_time: int = 100,
+        executable: str | None = QEMU,
+        arguments: tuple[str, ...] = ("qemu", "-uuid", UUID),
+        state: str = "S",
+    ) -> None:
+        directory = self.root / str(pid)
+        (directory / "task").mkdir(parents=True)
+        self._fill(directory, pid, start_time, executable, arguments, state)
+
+    def add_thread(self, pid: int, thread: int) -> None:
+        directory = self.root / str(pid) / "task" / str(thread)
+        directory.mkdir()
+        self._fill(directory, thread, 100, QEMU, ("qemu", "-uuid", UUID), "S")
+
+    def _fill(
+        self,
+        directory: Path,
+        pid: int,
+        start_time: int,
+        executable: str | None,
+        arguments: tuple[str, ...],
+        state: str,
+    ) -> None:
+        (directory / "stat").write_text(stat_line(pid, start_time, state=state))
+        (directory / "cmdline").write_bytes("".join(f"{argument}\0" for argument in arguments).encode())
+        if executable is not None:
+            (directory / "exe").symlink_to(executable)
+
+    def end(self, pid: int) -> None:
+        os.close(self._writers.pop(pid))
+
+    def pidfd_open(self, pid: int) -> int:
+        if pid in self.on_pidfd_open:
+            raise self.on_pidfd_open[pid]
+        if not (self.root / str(pid)).exists():
+            raise ProcessLookupError(errno.ESRCH, "No such process")
+        reader, writer = os.pipe()
+        if pid in self._writers:
+            os.close(self._writers[pid])
+        self._writers[pid] = writer
+        return reader
+
+    def table(self) -> ProcessTable:
+        return ProcessTable(boot_id=BOOT, proc=self.root, pidfd_open=self.pidfd_open)
+
+    def keep(self, process: VerifiedProcess) -> VerifiedProcess:
+        self._opened.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._opened:
+            process.close()
+        for writer in self._writers.values():
+            os.close(writer)
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Iterator[Proc]:
+    made = Proc(tmp_path / "proc")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("command", ["qemu", "a) b", ") S 1 (", "x (y)", "", "\n) Z 9"])
+def test_the_start_time_is_read_whatever_the_command_is_called(command: str) -> None:
+    assert parse_stat(stat_line(7, 4711, command=command)).start_time == 4711
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_stat_line_or_refused(text: str) -> None:
+    try:
+        parse_stat(text)
+    except ValueError:
+        return
+
+
+def test_a_qemu_is_found_and_identified(proc: Proc) -> None:
+    proc.add(10, start_time=77)
+    proc.add(11, executable="/bin/sh", arguments=("sh",))
+    (process,) = proc.table().scan(frozenset()).new
+    assert proc.keep(process).identity == ProcessIdentity(10, 77, QEMU, UUID, BOOT)
+
+
+@pytest.mark.parametrize("executable", ["/usr/libexec/qemu-kvm", "/usr/bin/kvm", "/x/qemu-system-aarch64"])
+def test_every_usual_name_of_a_qemu_is_recognised(proc: Proc, executable: str) -> None:
+    proc.add(10, executable=executable)
+    assert proc.keep(proc.table().open(10)).identity.executable == executable
+
+
+def test_a_qemu_whose_package_was_upgraded_keeps_its_identity(proc: Proc) -> None:
+    proc.add(10, executable=f"{QEMU} (deleted)")
+    assert proc.keep(proc.table().open(10)).identity.executable == QEMU
+
+
+def test_a_leader_that_has_exited_is_identified_by_its_living_threads(proc: Proc) -> None:
+    proc.add(10, executable=None, arguments=(), state="Z")
+    proc.add_thread(10, 12)
+    (process,) = proc.table().scan(frozenset()).new
+    assert proc.keep(process).identity.vm_uuid == UUID
+
+
+def test_a_zombie_without_threads_and_a_kernel_thread_are_no_vms(proc: Proc) -> None:
+    proc.add(10, executable=None, arguments=(), state="Z")
+    proc.add(11, executable=None, arguments=())
+    scan = proc.table().scan(frozenset())
+    assert scan.new == []
+    assert scan.problems == []
+
+
+def test_another_program_with_a_uuid_option_is_no_vm(proc: Proc) -> None:
+    proc.add(10, executable="/usr/bin/socat")
+    with pytest.raises(NotAVm):
+        proc.table().open(10)
+
+
+def test_a_process_that_ends_while_it_is_identified_is_gone_and_gets_no_identity(proc: Proc) -> None:
+    proc.add(10)
+
+    def open_and_end(pid: int) -> int:
+        pidfd = proc.pidfd_open(pid)
+        proc.end(pid)
+        return pidfd
+
+    table = ProcessTable(boot_id=BOOT, proc=proc.root, pidfd_open=open_and_end)
+    with pytest.raises(ProcessGone):
+        table.open(10)
+
+
+def test_a_qemu_without_a_uuid_is_a_problem_that_names_it(proc: Proc) -> None:
+    proc.add(10, arguments=("qemu", "-name", "nameless"))
+    scan = proc.table().scan(frozenset())
+    assert scan.new == []
+    (problem,) = scan.problems
+    assert "pid 10" in str(problem)
+    assert "nameless" in str(problem)
+
+
+def test_a_qemu_with_two_uuids_makes_both_vms_uncertain(proc: Proc) -> None:
+    proc.add(10, arguments=("qemu", "-uuid", UUID, "-uuid", OTHER))
+    (problem,) = proc.table().scan(frozenset()).problems
+    assert problem.vm_uuids == (UUID, OTHER)
+
+
+def test_a_qemu_that_only_shows_capabilities_is_ignored(proc: Proc) -> None:
+    proc.add(10, arguments=("qemu", "-S", "-machine", "none"))
+    scan = proc.table().scan(frozenset())
+    assert (scan.new, scan.problems) == ([], [])
+
+
+def test_a_qemu_without_a_readable_command_line_is_a_problem_not_nothing(proc: Proc) -> None:
+    proc.add(10, arguments=())
+    (problem,) = proc.table().scan(frozenset()).problems
+    assert "pid 10" in str(problem)
+
+
+def test_a_known_process_is_seen_again_and_one_that_became_another_program_is_lost(proc: Proc) -> None:
+    proc.add(10)
+    proc.add(11, executable="/bin/true")
+    scan = proc.table().scan(frozenset({(10, 100), (11, 100), (12, 100)}))
+    assert scan.new == []
+    assert scan.lost == {(11, 100), (12, 100)}
+
+
+def test_a_recycled_pid_is_a_new_process(proc: Proc) -> None:
+    proc.add(10, start_time=200)
+    scan = proc.table().scan(frozenset({(10, 100)}))
+    assert [proc.keep(process).key for process in scan.new] == [(10, 200)]
+    assert scan.lost == {(10, 100)}
+
+
+def test_a_proc_that_hides_processes_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "10").mkdir()
+    with pytest.raises(HypervisorError, match="hides"):
+        ProcessTable(boot_id=BOOT, proc=tmp_path).scan(frozenset())
+
+
+def test_a_proc_that_cannot_be_listed_proves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(HypervisorError):
+        ProcessTable(boot_id=BOOT, proc=tmp_path / "none").scan(frozenset())
+
+
+IDENTITY = ProcessIdentity(10, 100, QEMU, UUID, BOOT)
+
+
+def test_a_recorded_process_that_lives_is_not_absent(proc: Proc) -> None:
+    proc.add(10)
+    assert proc.table().absence(IDENTITY) is None
+
+
+def test_no_process_of_that_pid_is_absence(proc: Proc) -> None:
+    assert proc.table().absence(IDENTITY) is EndProof.ABSENT
+
+
+def test_a_pid_that_belongs_to_another_process_now_is_absence(proc: Proc) -> None:
+    proc.add(10, start_time=101)
+    assert proc.table().absence(IDENTITY) is EndProof.ABSENT
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOENT])
+def test_a_pid_that_belongs_to_a_thread_now_is_absence(proc: Proc, code: int) -> None:
+    proc.on_pidfd_open[10] = OSError(code, "a thread")
+    assert proc.table().absence(IDENTITY) is EndProof.ABSENT
+
+
+def test_another_boot_of_the_kernel_is_a_proof_of_its_own(proc: Proc) -> None:
+    proc.add(10)
+    before = ProcessIdentity(10, 100, QEMU, UUID, BootId("earlier-boot"))
+    assert proc.table().absence(before) is EndProof.OTHER_BOOT
+
+
+def test_a_refused_pidfd_proves_nothing(proc: Proc) -> None:
+    proc.on_pidfd_open[10] = OSError(errno.EMFILE, "Too many open files")
+    with pytest.raises(HypervisorError):
+        proc.table().absence(IDENTITY)
+
+
+def test_an_unreadable_start_time_proves_nothing(proc: Proc) -> None:
+    proc.add(10)
+    (proc.root / "10" / "stat").write_text("garbage")
+    with pytest.raises(HypervisorError):
+        proc.table().absence(IDENTITY)
+
+
+async def test_the_end_wakes_every_waiter(proc: Proc) -> None:
+    proc.add(10)
+    process = proc.keep(proc.table().open(10))
+    assert not process.ended()
+    proc.end(10)
+    await process.wait_ended()
+    await process.wait_ended()
+    assert process.ended()
+
+
+def test_the_peer_of_a_port_is_the_qemu_of_that_vm(proc: Proc) -> None:
+    proc.add(10)
+    assert QemuPeers(proc.table()).verify(10, UUID).pid == 10
+
+
+def test_the_qemu_of_another_vm_is_no_peer(proc: Proc) -> None:
+    proc.add(10)
+    with pytest.raises(WrongPeer, match=UUID):
+        QemuPeers(proc.table()).verify(10, OTHER)
+
+
+def test_a_proxy_and_a_dead_process_are_no_peers(proc: Proc) -> None:
+    proc.add(10, executable="/usr/bin/socat")
+    for pid in (10, 999):
+        with pytest.raises(WrongPeer):
+            QemuPeers(proc.table()).verify(pid, UUID)
+
+
+def test_a_problem_names_the_vms_it_may_concern() -> None:
+    assert Unidentified("x", (UUID,)).vm_uuids == (UUID,)
