@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 from aiohttp import web
 
-from vmchannel_host.admin_handlers import AdminHandlers, as_refusal
+from vmchannel_host.admin_handlers import AdminHandlers, AdminLimits, as_refusal, drop
 from vmchannel_host.admin_json import AdminRefusal, dump
 from vmchannel_host.admin_metrics import Metrics
 from vmchannel_host.admin_socket import AdminSocket
@@ -19,16 +18,10 @@ from vmchannel_host.admin_view import AdminView
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+__all__ = ["AdminLimits", "AdminServer"]
+
 MAX_BODY: Final = 16_384
 """Largest request body, in bytes; the largest order has under 2,000."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdminLimits:
-    """What one client, or all of them, may hold."""
-
-    clients: int = 64  # connections; one more is answered 503 and closed
-    patience_s: float = 10.0  # for a request to arrive whole, and for an answer to be taken
 
 
 class AdminServer:
@@ -41,7 +34,7 @@ class AdminServer:
         path: Path,
         *,
         group: str = "vmchannel",
-        limits: AdminLimits = AdminLimits(),
+        limits: AdminLimits = AdminLimits(),  # noqa: B008 - frozen
     ) -> None:
         """Build it; nothing is opened yet.
 
@@ -53,7 +46,7 @@ class AdminServer:
             limits: of clients.
         """
         metrics.follow(view)
-        self._handlers = AdminHandlers(view, metrics, patience_s=limits.patience_s)
+        self._handlers = AdminHandlers(view, metrics, limits)
         self._path = path
         self._group = group
         self._limits = limits
@@ -71,7 +64,8 @@ class AdminServer:
         self._socket = AdminSocket(self._path, group=self._group)
         application = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
         application.add_routes(self._handlers.routes())
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        # No lingering: a body that does not come is not waited for a second time after its refusal.
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, lingering_time=0)
         await self._runner.setup()
         self._server = await asyncio.get_running_loop().create_unix_server(
             self._protocol, sock=self._socket.socket, backlog=128
@@ -95,10 +89,16 @@ class AdminServer:
             self._socket.close()
             self._socket = None
 
+    @property
+    def connections(self) -> int:
+        """Clients that are connected now."""
+        server = self._runner.server if self._runner else None
+        return 0 if server is None else len(server.connections)
+
     def _protocol(self) -> asyncio.BaseProtocol:
         """One connection. aiohttp bounds neither their number nor how long the first request may take."""
         server = self._runner.server if self._runner else None
-        if server is None or len(server.connections) >= self._limits.clients:
+        if server is None or self.connections >= self._limits.clients:
             return _Refuse()
         protocol = server()
         loop = asyncio.get_running_loop()
@@ -124,7 +124,7 @@ class AdminServer:
                 await response.prepare(request)
                 await response.write_eof()
         except (TimeoutError, ConnectionError):
-            request.protocol.force_close()  # it does not read: its answer is not kept for it
+            drop(request)  # it does not read: its answer is not kept for it
         return response
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from aiohttp import web
@@ -30,19 +31,28 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STREAMS: Final = 32  # live views at once
 _PROGRESS: Final = 64  # lines kept for a client that does not read; the oldest go
 _HEARTBEAT_S: Final = 15.0  # how soon a client that went without a word is noticed
-_GRACE_S: Final = 5.0  # after a fence's own time-out
+
+
+@dataclass(frozen=True, slots=True)
+class AdminLimits:
+    """What one client, or all of them, may hold."""
+
+    clients: int = 64  # connections; one more is answered 503 and closed
+    patience_s: float = 10.0  # for a request to arrive whole, and for an answer to be taken
+    grace_s: float = 5.0  # for the answer to a fence after its own time-out
+    streams: int = 32  # live views at once
 
 
 class AdminHandlers:
     """The paths, over a view."""
 
-    def __init__(self, view: AdminView, metrics: Metrics, *, patience_s: float) -> None:
+    def __init__(self, view: AdminView, metrics: Metrics, limits: AdminLimits) -> None:
         self._view = view
         self._metrics = metrics
-        self._patience_s = patience_s
+        self._limits = limits
+        self._patience_s = limits.patience_s
         self._stopping = asyncio.Event()
         self._streams = 0
 
@@ -116,7 +126,7 @@ class AdminHandlers:
     async def _order(self, order: FenceOrder, progress: Callable[[FenceProgress], None]) -> FenceAnswer:
         """The view keeps the deadline; should it not, the outcome is unknown and that is what is said."""
         try:
-            async with asyncio.timeout(order.timeout_s + _GRACE_S):
+            async with asyncio.timeout(order.timeout_s + self._limits.grace_s):
                 return await self._view.fence(order, progress)
         except TimeoutError as error:
             raise AdminRefusal(
@@ -155,8 +165,8 @@ class AdminHandlers:
             return "error", as_refusal(error, request.path).body
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        if self._streams >= _STREAMS:
-            raise AdminRefusal(503, "limit", f"{_STREAMS} live views are open", "close some of them")
+        if self._streams >= self._limits.streams:
+            raise AdminRefusal(503, "limit", f"{self._streams} live views are open", "close some of them")
         self._streams += 1
         events = self._view.events()
         try:
@@ -188,6 +198,12 @@ class AdminHandlers:
         finally:
             await _end(stop)
             await _end(following)
+
+
+def drop(request: web.Request) -> None:
+    """Cut a client off. aiohttp's own close waits until the client has read what is buffered for it."""
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def as_refusal(error: Exception, path: str) -> AdminRefusal:
@@ -245,7 +261,7 @@ class _Stream:
                 await sending
         except (TimeoutError, ConnectionError):
             self.alive = False
-            self._request.protocol.force_close()
+            drop(self._request)
 
 
 async def _next(events: AsyncIterator[T]) -> T | None:

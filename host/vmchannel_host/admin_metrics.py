@@ -80,7 +80,7 @@ class _ViewCollector(Collector):
         vms = self._view.vms()
         tally = Tally(vm.power for vm in vms)
         family = GaugeMetricFamily("vmchannel_vms", "VMs that are known, by power state.", labels=["power"])
-        for power in ("on", "off", "unknown"):
+        for power in sorted({"on", "off", "unknown", *tally}):
             family.add_metric([power], tally[power])
         return family
 

@@ -53,6 +53,7 @@ class Journal:
     def __init__(self, thread: StoreThread, store: JournalStore) -> None:
         """Use `open`."""
         self._thread = thread
+        self._store = store  # belongs to the thread: read here are two plain values only
         self._path = store.settings.path
         self._verifier = store.signer.verifier
         self._wall_clock = store.settings.wall_clock
@@ -98,6 +99,16 @@ class Journal:
         """Finish the calls that wait, then close the file. Idempotent."""
         self._thread.close()
         await asyncio.shield(asyncio.wrap_future(self._thread.ended))
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the last durable record; 0 when there is none."""
+        return self._store.last_seq
+
+    @property
+    def problem(self) -> str:
+        """Why every call fails (`JournalDamaged`, `JournalDisk`); "" while they can succeed."""
+        return self._store.problem
 
     # the chain
     async def append(

@@ -85,6 +85,16 @@ class JournalStore:
         self._pending: Head | None = None
         self._broken: JournalError | None = None
 
+    @property
+    def last_seq(self) -> int:
+        """Number of the last record; safe to read from another thread."""
+        return self._head.seq
+
+    @property
+    def problem(self) -> str:
+        """Why nothing is served any more; "" while it is. Safe to read from another thread."""
+        return str(self._broken or "")
+
     def close(self) -> None:
         """Close the file and let the lock go."""
         try:

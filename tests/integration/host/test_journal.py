@@ -374,8 +374,10 @@ async def test_a_file_that_is_replaced_while_open_takes_no_more_records(rig: Jou
     async with rig.opened() as journal:
         await journal.append("host.note", OP1, {})
         rig.path.rename(rig.directory / "stolen.db")
+        assert (journal.last_seq, journal.problem) == (1, "")
         with pytest.raises(JournalDamaged, match="No such file"):
             await journal.append("host.note", OP1, {})
+        assert (journal.last_seq, "No such file" in journal.problem) == (1, True)
         (rig.directory / "stolen.db").rename(rig.path)
         with pytest.raises(JournalDamaged):  # what happened meanwhile is unknown: it must be opened anew
             await journal.append("host.note", OP1, {})
