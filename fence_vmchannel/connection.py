@@ -144,6 +144,11 @@ class Connection:
         return self._session.session_id
 
     @property
+    def features(self) -> int:
+        """The optional features that both sides have, a bit set."""
+        return self._session.features
+
+    @property
     def channels(self) -> int:
         """How many channels exist now."""
         return len(self._channels)
