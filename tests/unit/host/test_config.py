@@ -385,14 +385,14 @@ def test_any_bytes_give_a_configuration_or_problems(files: Files, data: bytes) -
 
 SECTIONS = HOST_SCHEMA["properties"]
 KEYS = [*SECTIONS, *(key for section in SECTIONS.values() for key in section.get("properties", {}))]
-KEYS += ["members", "actions", "self", "type", "start", "sockets", "<<"]
+INNER_KEYS = ["members", "actions", "self", "type", "start", "sockets", "<<"]
 yaml_values = st.recursive(
     st.sampled_from(["true", "off", "1s", "vm1", "''", "~", "1MiB", "sole", "&a x", "*a", "!t y"]),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]"),
         st.lists(
             st.tuples(
-                st.sampled_from(KEYS),
+                st.sampled_from(KEYS + INNER_KEYS),
                 inner,
             ),
             max_size=4,

@@ -330,6 +330,12 @@ def test_a_node_name_is_recorded_once_and_stays() -> None:
     assert restored(table).name_of(VM1) == "node1"
 
 
+def test_a_vm_is_no_rival_of_itself() -> None:
+    table = AliasTable()
+    for source in ("hostname", "corosync"):
+        assert table.announce(VM1, "node1", source, now=5.0, rivals={VM1, VM2}).accepted
+
+
 def test_another_name_replaces_the_first() -> None:
     table = AliasTable()
     table.announce(VM1, "node1", "hostname", now=5.0, rivals=())

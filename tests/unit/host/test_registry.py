@@ -219,6 +219,27 @@ def test_a_departure_stands_after_a_restart_beside_a_process_that_proves_no_retu
     assert registry.departed(VM1) is not None
 
 
+def test_a_process_that_never_ran_the_vm_ends_no_departure_after_a_restart_either(
+    registry: VmRegistry,
+) -> None:
+    (record,) = registry.apply(seen(101, run_state=RunState.PRELAUNCH))
+    assert isinstance(record, RememberInstance)
+    again = VmRegistry(HOST, standalone=True)
+    left = known(ended_at=1100.0, proof=end(departed=True))
+    again.restore([left, known(101, first_seen=1200.0, migration=record.migration)])
+    assert again.departed(VM1) is not None
+
+
+def test_a_destination_that_was_watched_before_a_restart_brings_the_vm_back_after_it(
+    registry: VmRegistry,
+) -> None:
+    left = known(ended_at=1100.0, proof=end(departed=True))
+    registry.restore([left, known(101, first_seen=1050.0, migration=Migration.INCOMING)])
+    assert registry.departed(VM1) is not None
+    registry.apply(seen(101))
+    assert registry.departed(VM1) is None
+
+
 def test_an_end_found_after_a_restart_is_judged_by_the_migration_last_watched(registry: VmRegistry) -> None:
     registry.restore([known(migration=Migration.OUTGOING)])
     (record,) = registry.apply(vanished())
@@ -237,6 +258,7 @@ def test_an_end_found_after_a_restart_is_judged_by_the_migration_last_watched(re
         (RunState.POSTMIGRATE, Migration.NONE),
         (RunState.RUNNING, Migration.OUTGOING),
         (RunState.FINISH_MIGRATE, Migration.OUTGOING),
+        (RunState.FINISH_MIGRATE, Migration.NONE),
         (RunState.RUNNING, Migration.COMPLETED),
     ],
 )
@@ -282,6 +304,14 @@ def test_a_second_copy_that_was_there_before_ends_no_departure(registry: VmRegis
     registry.apply(ended(100))
     registry.apply(mute(101))
     registry.apply(seen(101, run_state=RunState.PAUSED))
+    assert registry.departed(VM1) is not None
+
+
+def test_a_second_copy_that_only_now_answers_ends_no_departure(registry: VmRegistry) -> None:
+    registry.apply(mute(101))
+    registry.apply(seen(100, migration=Migration.OUTGOING))
+    registry.apply(ended(100))
+    registry.apply(seen(101))
     assert registry.departed(VM1) is not None
 
 
@@ -405,6 +435,21 @@ def test_two_names_are_not_joined_by_a_destination_alone(registry: VmRegistry) -
     assert kinds(registry) == {ConflictKind.TWO_NAMES}
 
 
+def test_two_names_are_not_joined_by_a_migration_to_elsewhere(registry: VmRegistry) -> None:
+    registry.apply(seen(100, name="vm1", migration=Migration.OUTGOING))
+    registry.apply(seen(101, name="copy"))
+    assert kinds(registry) == {ConflictKind.TWO_NAMES}
+
+
+def test_two_names_are_not_joined_by_two_sources_or_two_destinations(registry: VmRegistry) -> None:
+    registry.apply(seen(100, VM1, name="a", migration=Migration.OUTGOING))
+    registry.apply(seen(101, VM1, name="b", run_state=RunState.POSTMIGRATE))
+    registry.apply(seen(102, VM2, name="c", run_state=RunState.INMIGRATE))
+    registry.apply(seen(103, VM2, name="d", run_state=RunState.INMIGRATE))
+    assert [one.kind for one in registry.conflicts(VM1)] == [ConflictKind.TWO_NAMES]
+    assert [one.kind for one in registry.conflicts(VM2)] == [ConflictKind.TWO_NAMES]
+
+
 def test_two_instances_without_a_migration_are_shown_but_do_not_stop_a_fence(registry: VmRegistry) -> None:
     registry.apply(seen(100))
     registry.apply(seen(101))
@@ -454,6 +499,15 @@ def test_a_vm_that_is_off_keeps_its_last_name(registry: VmRegistry) -> None:
     registry.apply(ended(101))
     assert registry.names(VM1) == {"after"}
     assert registry.name(VM1) == "after"
+
+
+def test_a_name_is_kept_however_many_nameless_processes_follow(registry: VmRegistry) -> None:
+    registry.apply(seen(1))
+    registry.apply(ended(1))
+    for pid in range(2, 50):
+        registry.apply(mute(pid))
+        registry.apply(ended(pid))
+    assert registry.names(VM1) == {"vm1"}
 
 
 def test_a_name_borne_by_two_vms_shows_both(registry: VmRegistry) -> None:
