@@ -72,7 +72,9 @@ def run(argv: Sequence[str], console: Console) -> int:
         return ExitCode.DONE if not ended.code else ExitCode.USAGE
     command: Callable[[argparse.Namespace, Console], int] = arguments.command
     try:
-        return command(arguments, console)
+        code = command(arguments, console)
+        console.out.flush()
+        return code
     except CliError as error:
         console.err.write(f"vmchannelctl: {error}\n")
         return error.exit_code

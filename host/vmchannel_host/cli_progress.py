@@ -50,7 +50,7 @@ class ProgressLine:
     def _tick(self) -> None:
         while True:
             elapsed = self._clock() - self._began
-            line = cut(f"{self._what}  {elapsed:4.1f}s  {self._text}", self._width - 1)
+            line = cut(f"{elapsed:5.1f}s  {self._what}  {self._text}", self._width - 1)
             self._stream.write(_CLEAR + line)
             self._stream.flush()
             if self._stop.wait(_TICK_S):
