@@ -8,6 +8,7 @@ about which VM is meant is a refusal that names the candidates. Text is compared
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,36 +17,9 @@ from vmchannel_host.aliases import AliasTable
 from vmchannel_host.config_model import GROUP_ACTIONS, EvidenceRule, Group, HostConfig
 from vmchannel_host.config_scalars import as_vm_uuid
 from vmchannel_host.model import NIL_UUID, VmUuid
+from vmchannel_host.vm_directory import VmDirectory
 
-
-class VmDirectory:
-    """The VMs that are known and their names. Immutable; `VmRegistry.directory()` gives the present one."""
-
-    def __init__(self, names: Mapping[VmUuid, Iterable[str]]) -> None:
-        self._names = {vm: frozenset(filter(None, texts)) for vm, texts in names.items() if vm != NIL_UUID}
-        self._bearers: dict[str, set[VmUuid]] = {}
-        for vm, texts in self._names.items():
-            for text in texts:
-                self._bearers.setdefault(text, set()).add(vm)
-
-    def __contains__(self, vm: VmUuid) -> bool:
-        return vm in self._names
-
-    def vms(self) -> frozenset[VmUuid]:
-        """All known VMs."""
-        return frozenset(self._names)
-
-    def names(self, vm: VmUuid) -> frozenset[str]:
-        """The names a VM bears; empty when it is not known."""
-        return self._names.get(vm, frozenset())
-
-    def bearers(self, name: str) -> frozenset[VmUuid]:
-        """The VMs that bear a name."""
-        return frozenset(self._bearers.get(name, ()))
-
-    def name(self, vm: VmUuid) -> str:
-        """One name of the VM, for people; "" when there is none."""
-        return min(self.names(vm), default="")
+__all__ = ["Policy", "Refused", "Resolved", "Target", "VmDirectory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +166,7 @@ class Policy:
 
 
 _WITH_PLUG = (FenceAction.OFF, FenceAction.ON, FenceAction.REBOOT, FenceAction.STATUS)
+_SEARCHED = 512  # names that are compared with a wrong plug
 _SHOWN = 5  # candidates or suggestions named in one reason: it is one line of an agent's output
 
 
@@ -282,7 +257,7 @@ class _Question:
         outside = self._vms.bearers(plug)
         if self._requester is not None and outside:
             return self._not_together(f"VM {plug!r}")
-        plugs = [plug for target in self.targets(action) for plug in (target.plug, *target.aliases)]
+        plugs = self._permitted_names(action)
         folded = {known.casefold(): known for known in plugs}
         near = difflib.get_close_matches(plug.casefold(), list(folded), n=3, cutoff=0.6)
         if near:
@@ -292,6 +267,23 @@ class _Question:
         else:
             hint = "no plug is permitted: see `policy` in host.yaml"
         return Refused(FenceCode.UNKNOWN_PLUG, f"no VM, alias or node is called {plug!r}: {hint}")
+
+    def _permitted_names(self, action: FenceAction) -> set[str]:
+        """Names to suggest, about `_SEARCHED`. Unlike in a list they are not tried: a wrong plug is cheap."""
+        names: set[str] = set()
+        for vm in self._candidates():
+            if len(names) >= _SEARCHED:
+                break
+            if self._group_for(action, vm) is not None:
+                names |= self._vms.names(vm) or {str(vm)}
+                node_name = self._names.name_of(vm)
+                names |= {node_name} if node_name is not None else set()
+        pinned = ((alias, self._find(alias)) for alias in self._policy.aliases)
+        return names | {
+            alias
+            for alias, found in itertools.islice(pinned, _SEARCHED)
+            if isinstance(found, str) and self._group_for(action, found) is not None
+        }
 
     # --- whether the requester may
 

@@ -25,7 +25,7 @@ from vmchannel_host.model import (
     ProcessIdentity,
     VmUuid,
 )
-from vmchannel_host.policy import VmDirectory
+from vmchannel_host.vm_directory import VmDirectory
 from vmchannel_host.vm_history import VmHistory
 
 __all__ = [
