@@ -216,6 +216,13 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
 )
 
 
+async def _migrate_away(session: Session, identifier: object) -> None:
+    """End a migration at the very moment of `quit`; then say no more."""
+    session.server.replies = dict.fromkeys(session.server.replies, silence)
+    session.event("MIGRATION", status="completed")
+    session.say({"return": {}, "id": identifier})
+
+
 async def _flood(session: Session, identifier: object) -> None:
     """Answer, then send events without end."""
     session.say({"return": {}, "id": identifier})

@@ -17,9 +17,6 @@ from vmchannel_host.model import EndCause, EndProof, HostName, InstanceEnded, Io
 
 log = logging.getLogger(__name__)
 
-QUIT_GRACE_S = 0.3
-"""QEMU leaves within 30 ms of `quit`; after this, in seconds, its files are looked at before a SIGKILL."""
-
 STORAGE_TIMEOUT_S = 0.5
 """How long the look at its files may hold up the SIGKILL, in seconds."""
 
@@ -85,34 +82,36 @@ class Endings:
         self, watched: Watched, quit_timeout_s: float, deadline: float
     ) -> OpenStorage | None:
         """Returns what it had open when it was killed; None when it left otherwise."""
-        storage: OpenStorage | None = None
+        if watched.monitor is not None and watched.monitor.open:
+            await self._quit(watched, watched.monitor, quit_timeout_s)
+        if watched.process.ended():
+            return None
+        # As late as possible: what it opens after the look would be missed.
+        storage = await self._storage(watched)
         try:
-            if watched.monitor is not None and watched.monitor.open:
-                storage = await self._quit(watched, watched.monitor, quit_timeout_s)
             if not watched.process.ended():
-                storage = storage or await self._storage(watched)
                 watched.cause = EndCause.KILL
                 watched.process.kill()
-                await self._wait_ended(watched, deadline)
+            if not await _ended_by(watched, until=deadline):
+                raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
         except BaseException:
-            if storage is not None:
-                storage.close()
+            storage.close()
             raise
         return storage
 
-    async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> OpenStorage | None:
+    async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> None:
+        """Ask QEMU to leave, and wait until it has, has refused, or `timeout_s` is over."""
         watched.cause = EndCause.QUIT
         until = asyncio.get_running_loop().time() + timeout_s
-        storage: OpenStorage | None = None
         async with asyncio.TaskGroup() as tasks:
             asking = tasks.create_task(_ask_to_quit(monitor, timeout_s), name="quit")
-            if not await _ended_by(watched, until=min(until, until - timeout_s + QUIT_GRACE_S)):
-                storage = await self._storage(watched)
-                refused = asking.done() and not asking.result()
-                if not refused:
-                    await _ended_by(watched, until=until)
+            ending = tasks.create_task(_ended_by(watched, until=until), name="end after quit")
+            await asyncio.wait((asking, ending), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done() and not asking.result():
+                ending.cancel()
+            else:
+                await asyncio.wait((ending,))
             asking.cancel()
-        return storage
 
     async def _storage(self, watched: Watched) -> OpenStorage:
         def look() -> OpenStorage:
@@ -122,10 +121,6 @@ class Endings:
             return await self._calls.call("look at storage", look, timeout_s=STORAGE_TIMEOUT_S)
         except NotProven as error:
             return OpenStorage((), f"{error}")
-
-    async def _wait_ended(self, watched: Watched, deadline: float) -> None:
-        if not await _ended_by(watched, until=deadline):
-            raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
 
     async def _conclude(
         self, watched: Watched, storage: OpenStorage | None, began: float, deadline: float

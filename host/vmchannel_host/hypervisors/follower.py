@@ -123,8 +123,10 @@ class SocketFollower:
         watched = self._watched
         if watched is None or watched.monitor is None or watched.facts is None:
             return
+        asked_at = watched.migration_events
         try:
-            watched.learn_state(*await read_run_state(watched.monitor, timeout_s=timeout_s))
+            state = await read_run_state(watched.monitor, timeout_s=timeout_s)
+            watched.learn_state(*state, asked_at=asked_at)
         except HypervisorError:
             watched.mute = True
             self._dirty.set()  # the follower's own loop finds out when it answers again
@@ -206,16 +208,19 @@ class SocketFollower:
                 self._migration_watched = True
             except CommandRefused:
                 log.debug("no MIGRATION events yet path=%s", self.path)
+        asked_at = watched.migration_events
         if self._ports_dirty or watched.facts is None or watched.mute:
             self._ports_dirty = False
             directory = self._directory(watched.identity.pid)
             try:
-                watched.learn(await read_facts(monitor, directory=directory, timeout_s=timeout_s))
+                facts = await read_facts(monitor, directory=directory, timeout_s=timeout_s)
+                watched.learn(facts, asked_at=asked_at)
             except MonitorMute:
                 self._ports_dirty = True
                 raise
         else:
-            watched.learn_state(*await read_run_state(monitor, timeout_s=timeout_s))
+            state = await read_run_state(monitor, timeout_s=timeout_s)
+            watched.learn_state(*state, asked_at=asked_at)
 
     async def _wait_for_news(self, monitor: Monitor, watched: Watched) -> None:
         """Wait until there is a reason to ask again."""

@@ -38,6 +38,7 @@ class Watched:
         self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
         self.mute = False
         self.last_migration = Migration.UNKNOWN  # as last watched, also while the monitor is silent
+        self.migration_events = 0  # heard so far
         self.shutdown_seen = False  # QEMU said that it leaves by itself
         self.cause = EndCause.NONE  # the strongest thing that we did to it
         self.evidence: InstanceEnded | None = None
@@ -66,22 +67,29 @@ class Watched:
             monitor=self.monitor.path if self.monitor and answering else "",
         )
 
-    def learn(self, facts: MonitorFacts) -> None:
-        """Take a monitor's answers."""
+    def learn(self, facts: MonitorFacts, *, asked_at: int) -> None:
+        """Take a monitor's answers.
+
+        Args:
+            facts: the answers.
+            asked_at: `migration_events` when they were asked for. What was heard of a migration since then is
+                newer, and must not be lost should the process end before it can be asked again.
+        """
+        if self.migration_events != asked_at:
+            facts = replace(facts, migration=self.last_migration)
         self.facts = facts
         self.mute = False
         self.last_migration = facts.migration
 
-    def learn_state(self, run_state: RunState, migration: Migration) -> None:
-        """Take a monitor's answers on these two alone."""
-        self.mute = False
-        self.last_migration = migration
+    def learn_state(self, run_state: RunState, migration: Migration, *, asked_at: int) -> None:
+        """Take a monitor's answers on these two alone; see `learn`."""
         if self.facts is not None:
-            self.facts = replace(self.facts, run_state=run_state, migration=migration)
+            self.learn(replace(self.facts, run_state=run_state, migration=migration), asked_at=asked_at)
 
     def hear(self, event: str, data: Mapping[str, object]) -> None:
         """Take an event at once: there may be no time for a query before the process is gone."""
         if event == "MIGRATION":
+            self.migration_events += 1
             run_state = self.facts.run_state if self.facts else RunState.UNKNOWN
             self.last_migration = migration_after_event(data.get("status"), self.last_migration, run_state)
         elif event == "SHUTDOWN":

@@ -123,8 +123,8 @@ def _spawn(command: tuple[str, ...], environment: dict[str, str], output: int) -
         (os.POSIX_SPAWN_DUP2, output, 1),
         (os.POSIX_SPAWN_DUP2, output, 2),
     ]
-    # Python ignores SIGPIPE, and what is ignored is inherited.
-    defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    # Python ignores the first two, and what is ignored is inherited.
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     return os.posix_spawnp(
         command[0],
         command,

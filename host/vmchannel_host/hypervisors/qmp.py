@@ -119,7 +119,7 @@ class QmpHypervisor:
         """
         began = self._clock()
         deadline = asyncio.get_running_loop().time() + timeout_s
-        scan = await self._scan(timeout_s)
+        scan = await self._find_all(timeout_s)
         await self._ask_all(deadline)
         live = [watched for watched in self._table.all() if not watched.process.ended()]
         silent = [(vm_uuid, f"{problem}") for problem in scan.problems for vm_uuid in problem.vm_uuids]
@@ -250,10 +250,7 @@ class QmpHypervisor:
         while True:
             began = time.monotonic()
             try:
-                await self._scan(30.0)
-                self._follow_sockets(
-                    await self._calls.call("find sockets", self._find_sockets, timeout_s=30.0)
-                )
+                await self._find_all(30.0)
             except HypervisorError as error:
                 log.error("cannot see the host's processes: %s", error)
             except Exception:
@@ -267,6 +264,13 @@ class QmpHypervisor:
                     await self._rescan.wait()
             except TimeoutError:
                 continue
+
+    async def _find_all(self, timeout_s: float) -> Scan:
+        """Processes first, then sockets: a monitor that is found has its process looked for already."""
+        scan = await self._scan(timeout_s)
+        sockets = await self._calls.call("find sockets", self._find_sockets, timeout_s=timeout_s)
+        self._follow_sockets(sockets)
+        return scan
 
     async def _scan(self, timeout_s: float) -> Scan:
         known = self._table.keys()
@@ -320,7 +324,8 @@ class QmpHypervisor:
 
     def _follow_sockets(self, found: dict[str, tuple[int, int]]) -> None:
         """Start a follower for each new path, drop those whose path is gone and that hold no connection."""
-        assert self._tasks is not None
+        if self._tasks is None:
+            return  # nobody runs us: a look by processes alone
         ports = {port.chardev_path for watched in self._table.all() for port in watched.instance().ports}
         for path in list(self._followers):
             follower, task = self._followers[path]

@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import Any, cast
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
@@ -145,12 +145,17 @@ class Monitor:
         """Close the connection; waits at most a second for the library's tasks."""
         with suppress(OSError):  # closed already
             self._sock.shutdown(socket.SHUT_RDWR)  # nothing that is queued may hold up the end
+        # A task of its own: cancelled in its middle, the library would leave tasks behind.
+        closing = asyncio.get_running_loop().create_task(self._client.disconnect(), name=f"close {self.path}")
         try:
-            async with asyncio.timeout(1.0):
-                await self._client.disconnect()
-        except Exception:  # noqa: BLE001 - disconnect() raises whatever ended the reader, by design
-            return
+            await asyncio.wait((closing,), timeout=1.0)
         finally:
+            if not closing.done():
+                await asyncio.wait((closing,), timeout=1.0)
+            closing.cancel()
+            closing.add_done_callback(
+                _fetch_error
+            )  # disconnect() raises whatever ended the reader, by design
             self._sock.close()
 
 
@@ -281,6 +286,16 @@ class _Client(QMPClient):
         self.heard = asyncio.Event()
         self.register_listener(_Listener(self))
 
+    async def _establish_session(self) -> None:
+        await super()._establish_session()
+        if self._bh_tasks is not None:
+            self._bh_tasks.add_done_callback(_fetch_error)
+
+    def _schedule_disconnect(self) -> None:
+        super()._schedule_disconnect()
+        if self._dc_task is not None:
+            self._dc_task.add_done_callback(_fetch_error)
+
     def _cb_outbound(self, msg: Message) -> Message:
         if isinstance(identifier := msg.get("id"), str):
             self.unanswered.add(identifier)
@@ -291,6 +306,12 @@ class _Client(QMPClient):
         if isinstance(identifier := msg.get("id"), str):
             self.unanswered.discard(identifier)
         return msg
+
+
+def _fetch_error(done: asyncio.Future[Any]) -> None:
+    """Errors of the library's tasks are those of the connection: `wait_closed` and `execute` report them."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _connect_socket(path: str) -> socket.socket:

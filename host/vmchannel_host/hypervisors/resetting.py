@@ -53,7 +53,9 @@ async def reset_instance(
 
 
 async def _check_resettable(watched: Watched, monitor: Monitor, directory: str, timeout_s: float) -> None:
-    watched.learn(await read_facts(monitor, directory=directory, timeout_s=timeout_s))
+    asked_at = watched.migration_events
+    facts = await read_facts(monitor, directory=directory, timeout_s=timeout_s)
+    watched.learn(facts, asked_at=asked_at)
     instance = watched.instance()
     if not instance.resettable:
         raise HypervisorError(

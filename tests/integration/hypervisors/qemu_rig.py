@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -56,6 +57,13 @@ class Qemu:
 
     def kill(self) -> None:
         self.process.kill()
+
+    def wait_ready(self) -> None:
+        """Wait until QEMU has opened its images: it answers commands only then."""
+        held = HeldMonitor(self)
+        held.ask("qmp_capabilities")
+        held.ask("query-status")
+        held.close()
 
     def kill_without_reaping(self) -> None:
         """Leave a zombie behind, as a parent does that is busy."""
@@ -264,6 +272,14 @@ class HeldMonitor:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(20)
         self._socket.connect(str(qemu.socket))
+        self._file = self._socket.makefile("rb")
+
+    def ask(self, command_name: str) -> None:
+        """Give a command and wait for an answer."""
+        self._socket.sendall(json.dumps({"execute": command_name}).encode())
+        while b'"return"' not in self._file.readline():
+            pass
 
     def close(self) -> None:
+        self._file.close()
         self._socket.close()

@@ -101,7 +101,7 @@ async def test_ends_that_nobody_reads_are_bounded() -> None:
 async def test_a_new_consumer_first_gets_what_is_there(processes: Processes) -> None:
     table = InstanceTable()
     watched = table.adopt(processes.make(identity()))
-    watched.learn(FACTS)
+    watched.learn(FACTS, asked_at=0)
     events = table.events()
     assert await anext(events) == Seen(watched.instance())
 
@@ -135,7 +135,7 @@ def test_how_an_instance_ended_is_remembered(processes: Processes) -> None:
 def test_without_an_answering_monitor_the_state_is_unknown_and_the_name_is_kept(processes: Processes) -> None:
     watched = Watched(processes.make(identity(), name="by-command-line"))
     assert watched.instance().name == "by-command-line"
-    watched.learn(FACTS)
+    watched.learn(FACTS, asked_at=0)
     instance = watched.instance()
     assert (instance.run_state, instance.migration) == (RunState.UNKNOWN, Migration.UNKNOWN)
     assert instance.name == "vm1"
@@ -146,19 +146,27 @@ def test_without_an_answering_monitor_the_state_is_unknown_and_the_name_is_kept(
 @pytest.mark.parametrize("status", ["setup", "active", "completed"])
 def test_a_migration_event_makes_a_departure_without_any_query(processes: Processes, status: str) -> None:
     watched = Watched(processes.make(identity()))
-    watched.learn(FACTS)
+    watched.learn(FACTS, asked_at=0)
     watched.hear("MIGRATION", {"status": status})
     assert watched.departed
 
 
 def test_a_failed_migration_is_no_departure_once_it_is_asked(processes: Processes) -> None:
     watched = Watched(processes.make(identity()))
-    watched.learn(FACTS)
+    watched.learn(FACTS, asked_at=0)
     watched.hear("MIGRATION", {"status": "active"})
     watched.hear("MIGRATION", {"status": "failed"})
     assert watched.departed
-    watched.learn_state(RunState.RUNNING, Migration.NONE)
+    watched.learn_state(RunState.RUNNING, Migration.NONE, asked_at=2)
     assert not watched.departed
+
+
+def test_an_answer_that_was_asked_for_before_an_event_does_not_undo_it(processes: Processes) -> None:
+    watched = Watched(processes.make(identity()))
+    watched.learn(FACTS, asked_at=0)
+    watched.hear("MIGRATION", {"status": "completed"})
+    watched.learn_state(RunState.RUNNING, Migration.NONE, asked_at=0)
+    assert watched.departed
 
 
 def test_a_shutdown_that_was_followed_by_a_reset_is_no_leaving(processes: Processes) -> None:
@@ -175,7 +183,7 @@ def test_one_uuid_with_two_names_is_a_conflict_unless_a_migration_joins_them(pro
     table.adopt(processes.make(identity(11), name="b"))
     (conflict,) = table.conflicts()
     assert "'a', 'b'" in conflict
-    first.learn(replace(FACTS, name="a", migration=Migration.OUTGOING))
+    first.learn(replace(FACTS, name="a", migration=Migration.OUTGOING), asked_at=0)
     assert table.conflicts() == ()
 
 
