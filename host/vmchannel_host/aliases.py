@@ -22,7 +22,7 @@ class Announced:
 
     accepted: bool
     reason: str  # one line; names the holder and the remedy when refused
-    records: tuple[StoredAlias, ...]  # to be remembered, in this order, before the guest is answered
+    records: tuple[StoredAlias, ...]  # to be remembered before the guest is answered, also when it is no news
 
 
 class AliasTable:
@@ -60,7 +60,8 @@ class AliasTable:
             return self._refuse(replace(record, refused=True), held_by_rivals[0])
         held, claimed = self._held.get(vm), self._claimed.get(vm)
         if claimed is None and held is not None and (held.node_name, held.source) == (node_name, source):
-            return Announced(True, "recorded already", ())
+            # Told again all the same: the journal may have failed to keep it the first time.
+            return Announced(True, "recorded already", (held,))
         self._held.put(record)
         self._claimed.drop(vm)
         return Announced(True, "recorded", (record,))
@@ -92,9 +93,6 @@ class AliasTable:
             f"VM {holder} holds the node name {record.node_name!r}; until this VM announces another, fencing"
             " by that name fails: rename the node, or pin the name in `aliases` of host.yaml"
         )
-        known = self._claimed.get(record.vm_uuid)
-        if known is not None and known.node_name == record.node_name:
-            return Announced(False, reason, ())
         self._claimed.put(record)
         return Announced(False, reason, (record,))
 

@@ -47,8 +47,10 @@ def find_conflicts(vm: VmUuid, history: VmHistory) -> Iterator[Conflict]:
             text = f"a VM without a UUID is none: {_list(seen)} runs without -uuid and cannot be fenced"
             yield Conflict(ConflictKind.NIL_UUID, vm, text)
         return
-    if len({process.name for process in seen if process.name}) > 1 and not _joined(seen):
-        text = f"VM {vm} has two names and no migration that was watched joins them: {_list(seen)}"
+    names = sorted({process.name for process in seen if process.name})
+    if len(names) > 1 and not _joined(seen):
+        both = " and ".join(map(repr, names[:_SHOWN]))
+        text = f"VM {vm} has two names, {both}, and no watched migration joins them: {_list(seen)}"
         yield Conflict(ConflictKind.TWO_NAMES, vm, text)
     settled = [process for process in seen if process.state not in _MIGRATING]
     if len(settled) > 1:

@@ -326,7 +326,8 @@ def test_a_node_name_is_recorded_once_and_stays() -> None:
     table = AliasTable()
     first = table.announce(VM1, "node1", "corosync", now=5.0, rivals=())
     assert first.records == (StoredAlias(VM1, "node1", "corosync", 5.0, refused=False),)
-    assert table.announce(VM1, "node1", "corosync", now=6.0, rivals=()).records == ()
+    again = table.announce(VM1, "node1", "corosync", now=6.0, rivals=())
+    assert again.records == first.records, "told again: the journal may have failed to keep it"
     assert restored(table).name_of(VM1) == "node1"
 
 
@@ -352,7 +353,7 @@ def test_a_name_that_another_vm_holds_is_refused_with_holder_and_remedy() -> Non
     assert VM1 in refused.reason
     assert "`aliases`" in refused.reason
     assert refused.records == (StoredAlias(VM2, "node1", "corosync", 6.0, refused=True),)
-    assert table.announce(VM2, "node1", "corosync", now=7.0, rivals={VM1}).records == ()
+    assert len(table.announce(VM2, "node1", "corosync", now=7.0, rivals={VM1}).records) == 1
     assert restored(table).claimants("node1") == {VM2}
     assert restored(table).holders("node1") == {VM1}
 
