@@ -158,7 +158,7 @@ def _parse_hosts(text: str) -> dict[str, list[str]]:
 
 
 def _is_loopback(address: str) -> bool:
-    """Debian's installer maps the host's own name to 127.0.1.1 on every machine, which tells nodes apart badly."""
+    """On Debian each machine's own name is 127.0.1.1 in its /etc/hosts, which is local everywhere."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(address).is_loopback
     return False

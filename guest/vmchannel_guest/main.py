@@ -28,6 +28,7 @@ from fence_vmchannel.hub import Hub
 from fence_vmchannel.hub_ports import PortConnector
 from fence_vmchannel.links.local import GUEST_SOCKET
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
+from fence_vmchannel.supervisor import Supervisor
 from vmchannel_guest.announce import NodeSources, find_announcement, system_sources
 from vmchannel_guest.naming import NodeNaming
 from vmchannel_guest.notify import Notifier
@@ -120,13 +121,11 @@ async def serve(
 
 async def _run(hub: Hub, notifier: Notifier, sources: NodeSources, stop: asyncio.Event) -> None:
     naming = NodeNaming(hub, functools.partial(find_announcement, sources))
-    async with asyncio.TaskGroup() as tasks:
-        helpers = [tasks.create_task(naming.run(), name="node names")]
+    async with Supervisor() as tasks:  # a failure in there is logged; the hub goes on
+        tasks.start(naming.run(), "node names")
         if notifier.watchdog_s is not None:
-            helpers.append(tasks.create_task(_watchdog(notifier, notifier.watchdog_s), name="watchdog"))
+            tasks.start(_watchdog(notifier, notifier.watchdog_s), "watchdog")
         await stop.wait()
-        for helper in helpers:
-            helper.cancel()
 
 
 async def _watchdog(notifier: Notifier, interval_s: float) -> None:

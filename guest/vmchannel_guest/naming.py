@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.errors import ChannelError
-from fence_vmchannel.hub_events import HubEvent, PeerConnected, PeerDisconnected, SessionWasReset
+from fence_vmchannel.hub_events import HubEvent, Overflow, PeerConnected, PeerDisconnected, SessionWasReset
 from fence_vmchannel.hub_watch import Watch
 from fence_vmchannel.messages import (
     FENCE_SERVICE,
@@ -77,6 +77,8 @@ class NodeNaming:
                 self._wake.set()
             case PeerDisconnected():
                 self._connected.discard(event.port)
+            case Overflow():
+                self._connected.clear()  # a new snapshot follows
             case SessionWasReset():
                 self._told.pop(event.port, None)
                 self._wake.set()

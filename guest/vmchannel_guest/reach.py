@@ -72,7 +72,7 @@ class GuestReach:
         *,
         socket: str = GUEST_SOCKET,
         port: str = DEFAULT_PORT,
-        announce: Callable[[], Announce] | None = None,
+        announce: Callable[[], Announce | None] | None = None,
         paths: PortPaths = SYSTEM_PATHS,
         boot_id: str | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -82,7 +82,7 @@ class GuestReach:
         Args:
             socket: of the guest's hub.
             port: name of the port that leads to the host.
-            announce: makes the announcement of the node's name, for when no hub does it.
+            announce: finds the announcement of the node's name, for when no hub does it.
             paths: where the system shows its ports.
             boot_id: of this kernel; None reads it.
             clock: `time.monotonic`, which the deadlines are of.
@@ -137,8 +137,9 @@ class GuestReach:
             raise LinkError(f"{error}; {no_hub}") from error
         try:
             line = HubLine(client, client.open(FENCE_SERVICE, deadline=deadline))
-            if self._announce is not None:
-                line.send(encode_message(self._announce()), deadline=deadline)
+            announcement = self._announce() if self._announce is not None else None
+            if announcement is not None:
+                line.send(encode_message(announcement), deadline=deadline)
         except BaseException:
             client.close()
             raise
