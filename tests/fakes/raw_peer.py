@@ -27,7 +27,9 @@ OFFER = Offer(0xFF00, 1_024, 4_194_304, "raw-boot", "raw peer")
 class RawPeer:
     """The other end of a real connection, which is in `role`."""
 
-    def __init__(self, role: Role, limits: Limits | None = None, connection: Connection | None = None) -> None:
+    def __init__(
+        self, role: Role, limits: Limits | None = None, connection: Connection | None = None
+    ) -> None:
         self.now = 500.0
         self.connection = connection or Connection(
             role, PeerIdentity("real-boot", "real"), random_bytes=seeded_bytes(1), limits=limits or Limits()
@@ -105,10 +107,14 @@ class RawPeer:
 
     def take_challenge(self) -> int:
         """The nonce of the last CHALLENGE that the real side sends now."""
-        nonces = [decode_challenge(frame.payload) for frame in self.receive() if frame.type == FrameType.CHALLENGE]
+        nonces = [
+            decode_challenge(frame.payload) for frame in self.receive() if frame.type == FrameType.CHALLENGE
+        ]
         return nonces[-1]
 
-    def send_hello(self, nonce: int, numbers: Numbers | None = None, versions: tuple[int, ...] = (1,)) -> None:
+    def send_hello(
+        self, nonce: int, numbers: Numbers | None = None, versions: tuple[int, ...] = (1,)
+    ) -> None:
         """A HELLO that echoes `nonce`."""
         hello = Hello(numbers or self.numbers(), OFFER, versions)
         self.send(FrameType.HELLO, encode_hello(hello), epoch=nonce, ack=0, ack_check=0)

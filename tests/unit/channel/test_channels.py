@@ -59,7 +59,8 @@ def opened_by_peer(window: int = WINDOW, priority: Priority = Priority.NORMAL, c
 
 
 def raw_host_with_channel(limits: Limits | None = None, window: int = WINDOW) -> RawPeer:
-    """A real host side; the raw guest has opened channel 1, the host has accepted it with a window of WINDOW."""
+    """A real host side; the raw guest has opened channel 1, the host has accepted it with a window of
+    WINDOW."""
     peer = RawPeer(Role.HOST, limits)
     peer.greet()
     peer.send(FrameType.OPEN, opened_by_peer(window), channel=1)
@@ -577,7 +578,16 @@ def test_no_frame_of_a_peer_that_speaks_the_epoch_makes_anything_raise(
     peer = RawPeer(role, Limits(channels=4))
     peer.greet()
     peer.connection.open("ours")
-    known: tuple[type[Event], ...] = (ChannelAccepted, ChannelOpened, Closed, Data, Granted, LinkRefused, Opened, Reset)
+    known: tuple[type[Event], ...] = (
+        ChannelAccepted,
+        ChannelOpened,
+        Closed,
+        Data,
+        Granted,
+        LinkRefused,
+        Opened,
+        Reset,
+    )
     for kind, payload, channel, flags in frames:
         peer.send(kind, payload, channel=channel, flags=flags)
         peer.receive()
@@ -590,6 +600,8 @@ def test_no_frame_of_a_peer_that_speaks_the_epoch_makes_anything_raise(
 # --- the table ---
 
 C = ChannelState
+
+
 def raw_channel(state: ChannelState, *, confirming: bool) -> tuple[RawPeer, int]:
     """A host's connection with one channel in a state, reached by real frames."""
     peer = RawPeer(Role.HOST)
@@ -643,7 +655,9 @@ def state_of(peer: RawPeer, number: int) -> ChannelState:
 
 
 @pytest.mark.parametrize(("state", "what", "to"), [(*row, to) for row, to in CHANNEL_TRANSITIONS.items()])
-def test_each_transition_of_a_channel_happens(state: ChannelState, what: ChannelInput, to: ChannelState) -> None:
+def test_each_transition_of_a_channel_happens(
+    state: ChannelState, what: ChannelInput, to: ChannelState
+) -> None:
     peer, number = raw_channel(state, confirming=what is ChannelInput.CONFIRMED)
     assert state_of(peer, number) is state
     APPLY[what](peer, number)
@@ -651,7 +665,9 @@ def test_each_transition_of_a_channel_happens(state: ChannelState, what: Channel
 
 
 def test_every_state_and_input_of_a_channel_is_in_the_table() -> None:
-    assert {state for state, _ in CHANNEL_TRANSITIONS} | set(CHANNEL_TRANSITIONS.values()) == set(ChannelState)
+    assert {state for state, _ in CHANNEL_TRANSITIONS} | set(CHANNEL_TRANSITIONS.values()) == set(
+        ChannelState
+    )
     assert {what for _, what in CHANNEL_TRANSITIONS} == set(ChannelInput)
 
 

@@ -66,7 +66,15 @@ def forged_header(length: int) -> bytes:
     U64,
 )
 def test_a_frame_comes_out_as_it_went_in(
-    kind: int, payload: bytes, flags: int, channel: int, sequence: int, epoch: int, ack: int, check: int, tick: int
+    kind: int,
+    payload: bytes,
+    flags: int,
+    channel: int,
+    sequence: int,
+    epoch: int,
+    ack: int,
+    check: int,
+    tick: int,
 ) -> None:
     data = encode_frame(
         kind,
@@ -83,7 +91,15 @@ def test_a_frame_comes_out_as_it_went_in(
     (frame,) = FrameDecoder().feed(data)
     assert isinstance(frame, Frame)
     assert frame[:-1] == (3, kind, flags, channel, sequence, epoch, ack, check, tick, payload)
-    assert unpack_identity(frame.identity) == (3, kind, flags, channel, len(payload), sequence, crc32(payload))
+    assert unpack_identity(frame.identity) == (
+        3,
+        kind,
+        flags,
+        channel,
+        len(payload),
+        sequence,
+        crc32(payload),
+    )
     assert len(data) == HEADER_BYTES + len(payload)
 
 
@@ -95,7 +111,9 @@ def test_any_cut_of_the_stream_gives_the_same_frames(frames: list[bytes], step: 
 
 
 @given(st.lists(st.one_of(ENCODED, st.binary(max_size=80), st.just(MAGIC)), max_size=8), st.integers(1, 97))
-def test_any_bytes_give_frames_or_damage_and_every_byte_is_accounted_for(parts: list[bytes], step: int) -> None:
+def test_any_bytes_give_frames_or_damage_and_every_byte_is_accounted_for(
+    parts: list[bytes], step: int
+) -> None:
     stream = b"".join(parts)
     frames: list[Frame] = []
     total = 0
@@ -138,7 +156,9 @@ def test_after_lost_bytes_the_decoder_finds_back(first: bytes, second: bytes, da
     assert frames[-1].payload == b"third"
 
 
-@given(st.lists(st.one_of(ENCODED, st.binary(max_size=400), st.just(forged_header(MAX_PAYLOAD))), max_size=12))
+@given(
+    st.lists(st.one_of(ENCODED, st.binary(max_size=400), st.just(forged_header(MAX_PAYLOAD))), max_size=12)
+)
 def test_never_more_than_one_frame_is_buffered(parts: list[bytes]) -> None:
     decoder = FrameDecoder()
     for part in parts:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from fence_vmchannel import saved
 from fence_vmchannel.connection import Connection, PeerIdentity, Role
 from fence_vmchannel.errors import LocalProtocolError, RemoteProtocolError
-from fence_vmchannel.saved import SavedChannel, SavedSession
+from fence_vmchannel.saved import SavedSession
 from tests.fakes.conversation import Application, Conversation, seeded_bytes
-from tests.fakes.link import GOOD, FaultyLink, Faults
+from tests.fakes.link import GOOD, Faults, FaultyLink
 from tests.unit.channel.test_faulty_links import FAULTS, act_at_random, assert_all_arrived
 
 
@@ -33,7 +34,8 @@ def hand_over(talk: Conversation, side: Application) -> None:
 
 
 def busy_state() -> tuple[Conversation, bytes]:
-    """The host's exported state in the middle of things: all kinds of channels, data queued and unacknowledged."""
+    """The host's exported state in the middle of things: all kinds of channels, data queued and
+    unacknowledged."""
     talk = Conversation()
     talk.connect()
     for number in range(4):
@@ -141,11 +143,10 @@ def test_another_format_version_is_refused() -> None:
         load(state[:4] + b"\0\2" + state[6:])
 
 
-def first_channel(session: SavedSession, **changes: object) -> SavedSession:
+def first_channel(session: SavedSession, **changes: Any) -> SavedSession:
     """The session with changes in its first channel."""
-    channel = session.channels.channels[0]
-    values = {name: getattr(channel, name) for name in SavedChannel.__slots__} | changes
-    channels = (SavedChannel(**values), *session.channels.channels[1:])
+    first, *others = session.channels.channels
+    channels = (replace(first, **changes), *others)
     return replace(session, channels=replace(session.channels, channels=channels))
 
 

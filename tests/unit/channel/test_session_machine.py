@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Any sequence of what can happen to two hubs: each message once and in order, or both applications are told."""
+"""Any sequence of what can happen to two hubs: each message once and in order, or both applications are
+told."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SIDES = st.sampled_from(["host", "guest"])
 
 
 class TwoHubs(RuleBasedStateMachine):
-    """The applications check each message as it comes; the end checks that all came that nobody was told about."""
+    """The applications check each message as it comes; the end checks that all came that nobody was told
+    about."""
 
     def __init__(self) -> None:
         super().__init__()

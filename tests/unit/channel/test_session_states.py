@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every transition of both session tables, driven by real frames and real time; the tests come from the tables."""
+"""Every transition of both session tables, driven by real frames and real time; the tests come from the
+tables."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def test_each_transition_happens(role: Role, state: S, what: I, to: S) -> None:
 def test_every_state_of_a_role_can_be_reached_and_left_except_the_last(role: Role) -> None:
     table = SESSION_TRANSITIONS[role]
     other = {S.KNOCKING, S.ANSWERED} if role is Role.HOST else {S.CHALLENGING, S.WELCOMING}
-    assert {to for to in table.values()} == set(S) - other
+    assert set(table.values()) == set(S) - other
     assert {state for state, _ in table} == set(S) - other - {S.EXPORTED}
 
 
