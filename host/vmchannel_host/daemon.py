@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import fence_vmchannel
@@ -40,7 +40,6 @@ from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.journal import Journal
 from vmchannel_host.journal_types import JournalError
-from vmchannel_host.model import HostName
 from vmchannel_host.notify import Notifier
 from vmchannel_host.policy import Policy
 from vmchannel_host.registry import VmRegistry
@@ -56,6 +55,9 @@ GRACE_S: Final = 10.0
 
 CHECK_S: Final = 15.0
 """Between two checks of the journal."""
+
+FIXED: Final = ("host", "paths", "ports", "limits", "cluster")
+"""What a running daemon cannot change: a reload keeps it as it was. New QMP sockets take a restart as well."""
 
 _log = logging.getLogger(__name__)
 
@@ -126,10 +128,11 @@ class Daemon:
     def reload(self, config: HostConfig) -> None:
         """Take over what a checked configuration changes: policy, aliases, fencing, start commands."""
         self._notifier.reloading()
-        fixed = _fixed(self._settings.config)
-        for name, value in _fixed(config).items():
-            if value != fixed[name]:
-                _log.warning("%s was changed; that takes a restart", name)
+        running = self._settings.config
+        for key in FIXED:
+            if getattr(config, key) != getattr(running, key):
+                _log.warning("%s was changed; that takes a restart", key)
+        config = replace(config, **{key: getattr(running, key) for key in FIXED})
         self._settings.take(config)
         self._launcher.replace(_start_commands(config))
         if self._coordinator is not None:
@@ -322,15 +325,3 @@ def _fence_settings(config: HostConfig) -> FenceSettings:
             settle=config.fencing.after_kill is AfterKill.SETTLE, standalone=config.cluster.standalone
         ),
     )
-
-
-def _fixed(config: HostConfig) -> dict[str, object]:
-    """What a running daemon cannot change, by key."""
-    return {
-        "host": HostName(config.host),
-        "paths": config.paths,
-        "ports": config.ports,
-        "hypervisors: sockets": tuple(one.sockets for one in config.hypervisors),
-        "limits": config.limits,
-        "cluster": config.cluster,
-    }
