@@ -57,7 +57,7 @@ CHECK_S: Final = 15.0
 """Between two checks of the journal."""
 
 FIXED: Final = ("host", "paths", "ports", "limits", "cluster")
-"""What a running daemon cannot change: a reload keeps it as it was. New QMP sockets take a restart as well."""
+"""What a running daemon cannot change: a reload keeps it. New QMP socket globs take a restart too."""
 
 _log = logging.getLogger(__name__)
 
