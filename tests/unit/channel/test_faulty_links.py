@@ -28,7 +28,7 @@ def act_at_random(talk: Conversation, rng: random.Random, steps: int) -> None:
         side = rng.choice(talk.applications)
         match rng.randrange(10):
             case 0 | 1:
-                side.open(f"{side.name}-{step}", rng.choice(list(Priority)))
+                side.open(f"{side.name}-{len(side.by_target)}", rng.choice(list(Priority)))
             case 2 if side.by_target and step % 3 == 0:
                 side.close(rng.choice(list(side.by_target)))
             case 3 if step % 4 == 0:
