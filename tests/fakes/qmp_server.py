@@ -207,9 +207,7 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
         "another-uuid": lambda _: truthful(OTHER_UUID),
         "mute-after-greeting": lambda _: {},
         "deaf-to-quit": lambda vm_uuid: truthful(vm_uuid) | {"quit": answer({})},
-        "migrates-when-told-to-quit": lambda vm_uuid: (
-            truthful(vm_uuid) | {"quit": with_events(("MIGRATION", {"status": "completed"}), before=True)}
-        ),
+        "migrates-when-told-to-quit": lambda vm_uuid: truthful(vm_uuid) | {"quit": _migrate_away},
         "garbage": lambda vm_uuid: truthful(vm_uuid) | {"query-status": answer(["running"])},
         "flood": lambda vm_uuid: truthful(vm_uuid) | {"query-migrate": _flood},
     }
@@ -218,7 +216,8 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
 
 async def _migrate_away(session: Session, identifier: object) -> None:
     """End a migration at the very moment of `quit`; then say no more."""
-    session.server.replies = dict.fromkeys(session.server.replies, silence)
+    for command in session.server.replies:
+        session.server.replies[command] = silence
     session.event("MIGRATION", status="completed")
     session.say({"return": {}, "id": identifier})
 

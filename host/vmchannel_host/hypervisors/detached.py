@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from vmchannel_host.hypervisors import NotProven
 
@@ -24,12 +24,24 @@ class DetachedCalls:
         self._limit = limit
         self._running = 0
 
-    async def call(self, name: str, function: Callable[[], T], *, timeout_s: float) -> T:
+    async def call(
+        self,
+        name: str,
+        function: Callable[[], T],
+        *,
+        timeout_s: float,
+        discard: Callable[[T], None] = lambda _: None,
+    ) -> T:
         """Run `function()` in a thread and wait at most `timeout_s` seconds for it.
 
+        Args:
+            name: for messages.
+            function: may block for ever.
+            timeout_s: seconds.
+            discard: gives back what a late result holds, when nobody waits for it any more.
+
         Raises:
-            NotProven: it did not return in time (the thread goes on by itself, its result is dropped), or
-                `limit` calls are under way.
+            NotProven: it did not return in time (its thread goes on), or `limit` calls are under way.
         """
         if self._running >= self._limit:
             raise NotProven(f"{name}: {self._limit} blocking calls are under way already")
@@ -38,12 +50,11 @@ class DetachedCalls:
 
         def deliver(result: T | None, error: BaseException | None) -> None:
             self._running -= 1
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)  # type: ignore[arg-type]  # None only when T is None
+            value = cast(T, result)  # None only when T is None, or with an error
+            if not answer.done():
+                answer.set_result(value) if error is None else answer.set_exception(error)
+            elif error is None:
+                discard(value)
 
         def work() -> None:
             result, error = None, None

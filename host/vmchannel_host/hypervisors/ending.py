@@ -118,7 +118,9 @@ class Endings:
             return look_at_storage(watched.identity.pid, watched.process.command, proc=self._proc)
 
         try:
-            return await self._calls.call("look at storage", look, timeout_s=STORAGE_TIMEOUT_S)
+            return await self._calls.call(
+                "look at storage", look, timeout_s=STORAGE_TIMEOUT_S, discard=OpenStorage.close
+            )
         except NotProven as error:
             return OpenStorage((), f"{error}")
 

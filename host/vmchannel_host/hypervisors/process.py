@@ -172,6 +172,11 @@ class Scan:
     lost: set[ProcessKey] = field(default_factory=_new_keys)  # those given as known and not seen again
     problems: list[Unidentified] = field(default_factory=_new_problems)
 
+    def close(self) -> None:
+        """Give back the pidfds of the new processes, when nobody takes them over."""
+        for process in self.new:
+            process.close()
+
 
 class ProcessTable:
     """The processes of this host, as /proc shows them. All methods block for a short time; no state."""
@@ -206,8 +211,7 @@ class ProcessTable:
             for pid in pids:
                 self._scan_one(pid, known, scan)
         except BaseException:
-            for process in scan.new:
-                process.close()
+            scan.close()
             raise
         return scan
 
@@ -258,7 +262,9 @@ class ProcessTable:
             return EndProof.ABSENT if _readable(pidfd) else None
         except (OSError, ValueError) as error:
             if _readable(pidfd):
-                return self.absence(identity)  # it went while we looked; the pid may be another's by now
+                return (
+                    EndProof.ABSENT
+                )  # whoever held the pid just now has ended; if not ours, ours had before
             raise HypervisorError(f"{identity}: cannot read its start time") from error
         finally:
             os.close(pidfd)

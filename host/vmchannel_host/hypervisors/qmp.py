@@ -243,7 +243,10 @@ class QmpHypervisor:
 
     async def _identify(self, pid: int, *, timeout_s: float = 2.0) -> VerifiedProcess:
         return await self._calls.call(
-            f"identify pid {pid}", lambda: self._processes.open(pid), timeout_s=timeout_s
+            f"identify pid {pid}",
+            lambda: self._processes.open(pid),
+            timeout_s=timeout_s,
+            discard=VerifiedProcess.close,
         )
 
     async def _scan_forever(self) -> None:
@@ -274,7 +277,9 @@ class QmpHypervisor:
 
     async def _scan(self, timeout_s: float) -> Scan:
         known = self._table.keys()
-        scan = await self._calls.call("scan /proc", lambda: self._processes.scan(known), timeout_s=timeout_s)
+        scan = await self._calls.call(
+            "scan /proc", lambda: self._processes.scan(known), timeout_s=timeout_s, discard=Scan.close
+        )
         for process in scan.new:
             self._adopt(process)
         self._report_problems(scan.problems)

@@ -34,8 +34,8 @@ from vmchannel_host.hypervisors.qmp_state import (
 )
 from vmchannel_host.model import Migration, Port, RunState, VmUuid
 
-MAX_MESSAGE_BYTES = 256 * 1024
-"""Longest line taken from a monitor, in bytes; query-chardev with 1,000 chardevs is half of it."""
+MAX_MESSAGE_BYTES = 128 * 1024
+"""Longest line taken from a monitor, in bytes; query-chardev with 500 chardevs is half of it."""
 
 MAX_UNANSWERED = 8
 """Commands that a mute monitor may owe us before further ones are refused at once."""
