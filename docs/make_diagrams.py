@@ -19,13 +19,17 @@ from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fence_vmchannel import messages
+from fence_vmchannel import local_protocol, messages
 from fence_vmchannel.channel_state import CHANNEL_TRANSITIONS, ChannelState
 from fence_vmchannel.errors import CloseCode
 from fence_vmchannel.events import Priority, Role
 from fence_vmchannel.frames import Flags, FrameType
 from fence_vmchannel.greeting import EndCode
 from fence_vmchannel.session_state import SESSION_TRANSITIONS, SessionState
+from vmchannel_host.fencing.states import TRANSITIONS as OPERATION_TRANSITIONS
+from vmchannel_host.fencing.states import OperationState
+from vmchannel_host.instance_state import TRANSITIONS as INSTANCE_TRANSITIONS
+from vmchannel_host.instance_state import InstanceState
 
 DOCS = Path(__file__).parent
 _State = TypeVar("_State", bound=Enum)
@@ -63,6 +67,8 @@ def state_machines() -> str:
         diagram("Session, role HOST", SessionState, SESSION_TRANSITIONS[Role.HOST]),
         diagram("Session, role GUEST", SessionState, SESSION_TRANSITIONS[Role.GUEST]),
         diagram("Channel", ChannelState, CHANNEL_TRANSITIONS),
+        diagram("Instance of a VM, in the registry", InstanceState, INSTANCE_TRANSITIONS),
+        diagram("Fence operation", OperationState, OPERATION_TRANSITIONS),
     ]
     head = ["# State machines", "Made by `docs/make_diagrams.py` from the tables in the code."]
     return "\n\n".join([*head, *sections]) + "\n"
@@ -95,7 +101,8 @@ def message_table(cls: type[Any], number: int | None) -> str:
     hints = typing.get_type_hints(cls)
     source = inspect.getsource(cls)
     lines = [f"**{cls.__name__}**{f' (kind {number})' if number else ''}: {doc}", ""]
-    lines += ["| tag | field | type | | |", "|---|---|---|---|---|"]
+    if fields(cls):
+        lines += ["| tag | field | type | | |", "|---|---|---|---|---|"]
     for spec in fields(cls):
         needed = "" if spec.default is not MISSING or spec.default_factory is not MISSING else "required"
         words = re.search(rf"^\s+{spec.name}: .*?#\s*(.*)$", source, re.MULTILINE)
@@ -107,7 +114,7 @@ def message_table(cls: type[Any], number: int | None) -> str:
             words[1] if words else "",
         )
         lines.append("| " + " | ".join(map(str, row)) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def message_tables() -> str:
@@ -117,6 +124,12 @@ def message_tables() -> str:
     classes += [(cls, kinds[cls]) for cls in typing.get_args(messages.FenceMessage)]
     classes.append((messages.FenceTarget, None))
     return "\n\n".join(message_table(cls, kind) for cls, kind in classes)
+
+
+def local_tables() -> str:
+    """All messages between a hub and its local applications."""
+    kinds = local_protocol._CLASSES  # pyright: ignore[reportPrivateUsage]
+    return "\n\n".join(message_table(cls, kind) for kind, cls in kinds.items())
 
 
 def generated() -> Mapping[str, str]:
@@ -134,6 +147,7 @@ def generated() -> Mapping[str, str]:
         "fence actions": code_table(messages.FenceAction),
         "fence codes": code_table(messages.FenceCode),
         "power states": code_table(messages.PowerState),
+        "local messages": local_tables(),
     }
 
 

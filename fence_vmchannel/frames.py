@@ -44,10 +44,10 @@ class FrameType(IntEnum):
     WELCOME = 4  # HOST: which session this is
     ACK = 5  # acknowledgement and heartbeat
     ERROR = 6  # I end this link, and why
-    OPEN = 32
-    ACCEPT = 33
-    DATA = 34
-    CREDIT = 35
+    OPEN = 32  # a new channel to a service
+    ACCEPT = 33  # the answer to OPEN; a refusal is CLOSE
+    DATA = 34  # a fragment of a message
+    CREDIT = 35  # the consumer has taken so much, and takes so much more
     CLOSE = 36  # behind the channel's data
     CANCEL = 37  # before the channel's queued data, which is dropped
 

@@ -194,7 +194,7 @@ class Session:
         if not fits:
             self._anomaly("acknowledgement does not fit", now)
             return
-        if frame.version != self.version:
+        if frame.version != self.version and frame.type != FrameType.ERROR:
             raise RemoteProtocolError(f"a frame of version {frame.version}, agreed was {self.version}")
         if self.role is Role.GUEST:
             self.tick = frame.tick
