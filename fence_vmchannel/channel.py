@@ -15,7 +15,16 @@ from fence_vmchannel.errors import (
     LocalProtocolError,
     MessageTooLarge,
 )
-from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Limits, PeerIdentity, Priority
+from fence_vmchannel.events import (
+    ChannelAccepted,
+    ChannelOpened,
+    Closed,
+    Data,
+    Granted,
+    Limits,
+    PeerIdentity,
+    Priority,
+)
 from fence_vmchannel.outcomes import closing_error
 from fence_vmchannel.peers import PeerInfo
 
@@ -53,7 +62,7 @@ class Channel:
 
     @property
     def peer_identity(self) -> PeerIdentity | None:
-        """What the other side's hub said of itself in its last greeting: untrusted, but bound to the session."""
+        """What the other side's hub said of itself in its last greeting: untrusted, bound to the session."""
         return self._endpoint.connection.peer
 
     @property

@@ -110,13 +110,19 @@ class Hub:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            for server in self._servers:
-                await server.close(_DRAIN_S)
-            for peer in self._peers:
-                self.detach(peer.info)
-            self._watches.end()
+            await self.stop()
         finally:
             await self._tasks.__aexit__(kind, error, traceback)
+
+    async def stop(self) -> None:
+        """Stop in order: tell clients and peers that channels end, close all links."""
+        servers, self._servers = self._servers, []
+        for server in servers:
+            await server.close(_DRAIN_S)
+        for peer in self._peers:
+            await peer.endpoint.drain(_DRAIN_S)
+            self.detach(peer.info)
+        self._watches.end()
 
     # --- services and channels of this process ---
 
@@ -235,6 +241,11 @@ class Hub:
     def clients(self) -> int:
         """How many local applications are connected."""
         return sum(len(server.clients) for server in self._servers)
+
+    @property
+    def peers(self) -> PeerTable:
+        """The peers, with their connections; for tests and diagnosis."""
+        return self._peers
 
     # --- for the parts of the hub ---
 

@@ -166,6 +166,7 @@ class PeerTable:
         """A peer's session began anew."""
         log.warning("peer %s: session reset: %s", info, quoted(reason))
         self._publish(SessionWasReset(info.name, info.port, reason, info.key))
+        self.disconnected(info, reason)  # until the next session has begun
 
     def trouble(self, peer: Peer, reason: str) -> None:
         """A link could not be had: log and tell it, once for each reason."""

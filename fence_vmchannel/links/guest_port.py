@@ -47,9 +47,10 @@ class PortDevice(Protocol):
 
 
 class PortFile:
-    """A port's device node, open and non-blocking."""
+    """A port's device node, open."""
 
     def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
         self._fd = fd
         self._poll = EdgePoll(fd)
         self._open = True

@@ -96,6 +96,7 @@ async def hub_pair(
     guest_access: AccessRules | None = None,
     max_clients: int = 256,
     limits: Limits | None = None,
+    mode: int = 0o660,
 ) -> AsyncGenerator[HubPair]:
     """Run both hubs, connected."""
     port = FakePort()
@@ -111,12 +112,13 @@ async def hub_pair(
     try:
         async with host, guest:
             pair = HubPair(guest, host, port, str(directory / "guest.sock"), str(directory / "host.sock"))
-            guest.serve(pair.guest_path)
+            guest.serve(pair.guest_path, mode=mode)
             host.serve(pair.host_path)
-            with guest.watch() as events:
+            with guest.watch() as guest_events, host.watch() as host_events:
                 host.attach(VM, port.host)
                 guest.attach(HOST, port.guest, role=Role.GUEST)
-                await next_event(events, "PeerConnected")
+                await next_event(guest_events, "PeerConnected")
+                await next_event(host_events, "PeerConnected")
             yield pair
     finally:
         port.close()
