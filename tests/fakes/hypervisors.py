@@ -58,12 +58,15 @@ class FakeHypervisor:
         run_state: RunState = RunState.RUNNING,
         migration: Migration = Migration.NONE,
         resettable: bool = True,
+        noticed: bool = True,
     ) -> ProcessIdentity:
-        """A new process of a VM."""
+        """A new process of a VM; without an event when it is not `noticed`."""
         self._next_pid += 1
         identity = ProcessIdentity(self._next_pid, self._next_pid * 10, EXECUTABLE, vm, BOOT)
         instance = Instance(identity, name, run_state, migration, resettable=resettable)
-        self.change(instance)
+        self.instances[identity] = instance
+        if noticed:
+            self.change(instance)
         return identity
 
     def change(self, instance: Instance) -> None:

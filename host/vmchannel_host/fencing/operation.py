@@ -394,6 +394,10 @@ class Operation:
         if report.round != self._round or report.look.host not in self.intent.hosts:
             return ()
         self._reports[report.look.host] = report
+        if self._state is not OperationState.STARTING:
+            # Once seen it is owed a proof, even if the next look does not show it.
+            self._owed |= evidence.instances_of((report,), self.intent.vm).keys()
+            self._owed |= evidence.unproven_of((report,))
         if set(self._reports) != set(self.intent.hosts):
             return ()
         if self._take_recorded_ends() and self._state is not OperationState.STARTING:
@@ -413,9 +417,12 @@ class Operation:
     def _take_recorded_ends(self) -> bool:
         """The hosts' records may prove what was owed, or know more. Returns whether any was owed."""
         owed = len(self._owed)
+        shown = self._found().keys() | evidence.unproven_of(self._reports.values())
         for report in self._reports.values():
             for end in report.ends:
                 process = Process(report.look.host, end.identity)
+                if process in shown:
+                    continue  # the look contradicts the record
                 if process in self._owed or end.identity in self._ended:
                     self._prove(process, end)
         return len(self._owed) < owed

@@ -145,6 +145,13 @@ class World:
         """A running VM."""
         return self.hypervisor.add(vm, name, **how)  # type: ignore[arg-type]
 
+    async def vm_off(self, vm: VmUuid = VM2, name: str = "vm2") -> None:
+        """A VM that ran and has ended."""
+        identity = self.vm(vm, name)
+        await settled()
+        self.hypervisor.vanish(identity, watched=True)
+        await settled()
+
 
 async def settled() -> None:
     """Let events reach the registry."""

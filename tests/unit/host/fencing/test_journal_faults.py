@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A journal that fails: nothing is done without a record, and nothing claimed without one."""
+
+from __future__ import annotations
+
+import pytest
+
+from fence_vmchannel.messages import FenceAction, FenceCode
+from tests.fakes.virtual_time import virtual_time
+from tests.unit.host.fencing.world import VM2, World, settled
+from vmchannel_host.model import RunState
+
+
+@pytest.mark.parametrize("part", ["request", "remember_request", "fence.intent"])
+@virtual_time
+async def test_nothing_is_done_when_the_request_or_the_intent_cannot_be_recorded(part: str) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.full = lambda what: what == part
+        answer = await world.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+        assert world.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("part", ["remember_end", "fence.evidence", "fence.outcome", "remember_answer"])
+@virtual_time
+async def test_what_cannot_be_recorded_afterwards_is_not_claimed(part: str) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.full = lambda what: what == part
+        answer = await world.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
+        assert "no space left" in answer.reason
+        assert world.hypervisor.count("off") == 1
+
+
+@pytest.mark.parametrize("part", ["fence.evidence", "remember_end", "fence.outcome", "remember_answer"])
+@virtual_time
+async def test_a_journal_that_hangs_fails_the_request_within_its_deadline(part: str) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.hung = lambda what: what == part
+        assert not (await world.ask(FenceAction.OFF, within_s=3)).ok
+
+
+@virtual_time
+async def test_a_start_that_cannot_be_recorded_is_not_carried_out() -> None:
+    async with World().running() as world:
+        world.hypervisor.startable.add(VM2)
+        await world.vm_off()
+        world.journal.full = lambda what: what == "fence.phase"
+        assert not (await world.ask(FenceAction.ON)).ok
+        assert world.hypervisor.count("start") == 0
+
+
+@virtual_time
+async def test_a_reset_that_cannot_be_recorded_is_not_carried_out() -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.full = lambda what: what == "fence.phase"
+        assert not (await world.ask(FenceAction.REBOOT)).ok
+        assert world.hypervisor.acts == []
+
+
+@virtual_time
+async def test_an_instance_that_could_not_be_recorded_is_recorded_before_anything_is_proven() -> None:
+    async with World().running() as world:
+        world.journal.full = lambda what: what == "remember_instance"
+        world.vm(run_state=RunState.PAUSED)
+        await settled()
+        assert not (await world.ask(FenceAction.OFF)).ok
+        world.journal.full = lambda _: False
+        assert (await world.ask(FenceAction.OFF)).ok
+        assert len(world.journal.known) == 1

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""No sequence of events reaches "off" without every process proven and a later look of every host that is empty.
+
+Hypothesis plays the hosts of two-host operations: proofs, looks, failures, newcomers, takeovers and time in any
+order, true and false. Beside the machine a plain log of what was fed is kept, and every claim is checked against
+it, by rules written down here a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
+from tests.unit.host.fencing.operation_builders import (
+    BEGIN,
+    END,
+    HV1,
+    HV2,
+    OP,
+    OTHER_OP,
+    ended,
+    instance,
+    intent,
+    looked,
+    process,
+    was_reset,
+)
+from vmchannel_host.fencing.events import (
+    Begun,
+    Broken,
+    Delivered,
+    Destroy,
+    Event,
+    Joined,
+    Publish,
+    Reset,
+    StartVm,
+    TakeLook,
+    TakenOver,
+    TimePassed,
+)
+from vmchannel_host.fencing.evidence import Rules
+from vmchannel_host.fencing.operation import Operation
+from vmchannel_host.fencing.ordered import EndReport, FailureReport, LookReport, Part, Process, StartReport
+from vmchannel_host.fencing.states import OperationState
+from vmchannel_host.model import EndCause, HostName, IoState, Migration, RunState
+
+HOSTS = (HV1, HV2)
+PROCESSES = tuple(process(pid, host) for host in HOSTS for pid in (100, 101))
+FRESH = tuple(process(pid, host) for host in HOSTS for pid in (300,))
+
+processes = st.sampled_from(PROCESSES)
+hosts = st.sampled_from(HOSTS)
+flags = st.booleans()
+rarely = st.sampled_from((False,) * 9 + (True,))
+run_states = st.sampled_from((RunState.RUNNING, RunState.PAUSED, RunState.UNKNOWN))
+
+
+@dataclass
+class Proof:
+    """When a process was proven to have ended, in events."""
+
+    at: int
+    clean: bool  # no departure, no unsettled I/O
+
+
+class OperationMachine(RuleBasedStateMachine):
+    """One operation of two hosts."""
+
+    @initialize(
+        action=st.sampled_from((FenceAction.OFF, FenceAction.REBOOT, FenceAction.ON)),
+        named=st.sets(processes, max_size=2),
+        recognised=flags,
+        pending=rarely,
+    )
+    def begin(self, action: FenceAction, named: set[Process], recognised: bool, pending: bool) -> None:
+        self.action = action
+        self.now = BEGIN
+        self.clock = 0
+        self.round = 0
+        self.asked_at: dict[int, int] = {}
+        self.seen: set[Process] = set(named)
+        self.proofs: dict[Process, Proof] = {}
+        self.looks: dict[tuple[int, HostName], LookReport] = {}
+        self.recognised = recognised
+        self.pending = pending
+        self.published: Publish | None = None
+        self.starts = 0
+        self.destroyed: set[Process] = set()
+        self.resets: list[Process] = []
+        self.operation = Operation(
+            intent(action, named=sorted(named), hosts=HOSTS, recognised=recognised),
+            Rules(),
+            (OTHER_OP,) if pending else (),
+        )
+        self.feed(Begun())
+
+    def feed(self, event: Event) -> None:
+        self.clock += 1
+        for command in self.operation.apply(event, self.now):
+            match command:
+                case TakeLook():
+                    self.round = command.round
+                    self.asked_at.setdefault(command.round, self.clock)
+                case Publish():
+                    self.published = command
+                    self.check_claim(command)
+                case StartVm():
+                    self.starts += 1
+                    self.check_off()
+                case Destroy(one):
+                    self.destroyed.add(one)
+                case Reset(one):
+                    self.resets.append(one)
+                case _:
+                    pass
+
+    # what hosts do
+
+    @rule(one=processes, departed=rarely, unsettled=rarely)
+    def prove(self, one: Process, departed: bool, unsettled: bool) -> None:
+        io = IoState.UNPROVEN if unsettled else IoState.DRAINED
+        end = ended(one, cause=EndCause.KILL, io=io, departed=departed)
+        if (
+            one in self.seen
+            and not self.operation.final
+            and self.operation.state is not OperationState.ORDERED
+        ):
+            self.note_proof(one, not (departed or unsettled))
+        self.feed(EndReport(OP, end))
+
+    @precondition(lambda self: bool(self.destroyed))
+    @rule(data=st.data())
+    def prove_what_was_asked(self, data: st.DataObject) -> None:
+        self.prove(data.draw(st.sampled_from(sorted(self.destroyed))), False, False)
+
+    @rule(
+        host=hosts,
+        found=st.sets(processes, max_size=1),
+        unproven=st.sets(processes, max_size=1),
+        run_state=run_states,
+        silent=rarely,
+        stale=rarely,
+        departed=rarely,
+        conflict=rarely,
+        old=rarely,
+        can_start=flags,
+        empty=flags,
+        fresh=rarely,
+    )
+    def look(
+        self,
+        host: HostName,
+        found: set[Process],
+        unproven: set[Process],
+        run_state: RunState,
+        silent: bool,
+        stale: bool,
+        departed: bool,
+        conflict: bool,
+        old: bool,
+        can_start: bool,
+        empty: bool,
+        fresh: bool,
+    ) -> None:
+        here = [one for one in found if one.host == host and not empty]
+        here += [one for one in FRESH if one.host == host and fresh]
+        recorded = [one for one in unproven if one.host == host and not empty]
+        report = looked(
+            self.round - 1 if old else self.round,
+            *(instance(one, run_state, Migration.NONE) for one in here),
+            host=host,
+            at=BEGIN if stale else BEGIN + 2,
+            asked_at=BEGIN + 1,
+            silent="mute" if silent else "",
+            departed="left" if departed else "",
+            conflict="two names" if conflict else "",
+            unproven=recorded,
+            can_start=can_start and host == HV1,
+        )
+        self.take(report, {*here, *recorded})
+
+    @precondition(lambda self: self.round > 0)
+    @rule()
+    def all_look_and_find_nothing(self) -> None:
+        for host in HOSTS:
+            self.take(looked(self.round, host=host, can_start=host == HV1), set())
+
+    def take(self, report: LookReport, shown: set[Process]) -> None:
+        counts = report.round == self.round and self.operation.state is not OperationState.CONCLUDING
+        if counts and not self.operation.final and self.operation.state is not OperationState.STARTING:
+            self.looks[report.round, report.look.host] = report
+            self.seen |= shown
+            for one in shown:
+                self.proofs.pop(one, None)
+        self.feed(report)
+
+    @rule(one=processes, part=st.sampled_from(Part))
+    def fail(self, one: Process, part: Part) -> None:
+        self.feed(FailureReport(OP, one.host, part, "no", round=self.round, identity=one.identity))
+
+    @rule(one=processes)
+    def reset(self, one: Process) -> None:
+        self.feed(was_reset(one))
+
+    @rule(own=flags, error=flags)
+    def start_returns(self, own: bool, error: bool) -> None:
+        if not own:
+            self.pending = False
+        self.feed(StartReport(OP if own else OTHER_OP, HV1, "no" if error else ""))
+
+    # what happens otherwise
+
+    @rule()
+    def join(self) -> None:
+        self.feed(Joined())
+
+    @rule(seconds=st.sampled_from((0.0, 0.1, 1.0, 15.0)))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.feed(TimePassed())
+
+    @rule(chance=rarely)
+    def disturb(self, chance: bool) -> None:
+        self.feed(TakenOver(OTHER_OP) if chance else Joined())
+
+    @rule(chance=rarely)
+    def break_journal(self, chance: bool) -> None:
+        if chance:
+            self.feed(Broken(FenceCode.FAILED, "disk full"))
+
+    @precondition(lambda self: self.published is not None)
+    @rule(valid=st.sampled_from((True, True, False)))
+    def deliver(self, valid: bool) -> None:
+        assert self.published is not None
+        in_time = self.now < END
+        was_final = self.operation.final
+        self.feed(Delivered(self.published.outcome, valid))
+        if self.operation.state is OperationState.DONE and not was_final:
+            assert valid
+            assert in_time
+
+    # what must hold
+
+    def note_proof(self, one: Process, clean: bool) -> None:
+        old = self.proofs.get(one)
+        self.proofs[one] = Proof(self.clock + 1, clean and (old is None or old.clean))
+
+    def check_claim(self, command: Publish) -> None:
+        outcome = command.outcome
+        if not outcome.ok:
+            assert outcome.state is PowerState.UNKNOWN
+            return
+        assert self.now < END
+        if outcome.state is PowerState.OFF:
+            self.check_off()
+        if outcome.code is FenceCode.NOT_STARTED:
+            assert self.action is FenceAction.REBOOT
+            assert self.starts == 1 or outcome.state is PowerState.OFF
+
+    def check_off(self) -> None:
+        """Every process ever seen is proven; then every host was asked for a look, and it found nothing."""
+        missing = self.seen - self.proofs.keys()
+        assert not missing, f"claimed off, but not proven: {missing}"
+        assert all(one.clean for one in self.proofs.values()), (
+            "claimed off after a departure or unsettled I/O"
+        )
+        last = max((one.at for one in self.proofs.values()), default=0)
+        reports = [self.looks.get((self.round, host)) for host in HOSTS]
+        assert all(report is not None for report in reports), "claimed off without a look of every host"
+        assert self.asked_at[self.round] >= last, (
+            "claimed off by a look that was asked for before the last proof"
+        )
+        for report in reports:
+            assert report is not None
+            assert report.look.at_boottime >= report.asked_at
+            assert not report.look.instances
+            assert not report.look.silent
+            assert not (report.unproven or report.departed or report.conflict)
+        assert not self.pending, "claimed off while a start may still bring an instance"
+        assert self.recognised or self.proofs
+
+    @invariant()
+    def starts_at_most_once(self) -> None:
+        assert getattr(self, "starts", 0) <= 1
+
+    @invariant()
+    def resets_at_most_once_and_only_for_a_reboot(self) -> None:
+        resets = getattr(self, "resets", [])
+        assert len(resets) <= 1
+        assert not resets or self.action is FenceAction.REBOOT
+
+    @invariant()
+    def on_destroys_nothing(self) -> None:
+        if getattr(self, "action", None) is FenceAction.ON:
+            assert not self.destroyed
+
+
+OperationMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestOperationMachine = OperationMachine.TestCase

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon is killed in the middle of operations and comes back: nothing is done twice, nothing is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, FenceRequest, PowerState
+from tests.fakes.fence_journal import FakeJournal
+from tests.fakes.hypervisors import (
+    BOOT,
+    BarrenHypervisor,
+    FakeHypervisor,
+    HungHypervisor,
+    SlowStartHypervisor,
+)
+from tests.fakes.virtual_time import virtual_time
+from tests.unit.host.fencing.world import ASKER, VM1, VM2, World, now, settled
+from vmchannel_host.fencing.service import Requester
+from vmchannel_host.model import BootId, OperationId, RunState
+
+OTHER = Requester(VM2, "vm2", None, "guest-boot-2")
+
+
+def stop_at(journal: FakeJournal, *kinds: str) -> asyncio.Event:
+    """An event that is set before the first write of one of these kinds."""
+    reached = asyncio.Event()
+
+    def hook(kind: str) -> None:
+        if kind in kinds:
+            reached.set()
+            journal.hung = lambda _: True
+
+    journal.hook = hook
+    return reached
+
+
+async def killed_at(world: World, request: FenceRequest, *kinds: str) -> None:
+    """Ask, and kill the daemon when it is about to write one of these kinds."""
+    async with world.running():
+        reached = stop_at(world.journal, *kinds)
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        await reached.wait()
+        asking.cancel()
+    world.journal.hung = lambda _: False
+    world.journal.hook = lambda _: None
+
+
+async def answer_after_restart(world: World, request: FenceRequest) -> tuple[World, FenceAnswer]:
+    again = World(world.hypervisor, world.journal)
+    async with again.running():
+        answer = await again.service.answer(request, ASKER)
+        await asyncio.sleep(60)
+    return again, answer
+
+
+def unfinished(journal: FakeJournal) -> set[str]:
+    begun = {one.operation for one in journal.records if one.kind == "fence.intent"}
+    return begun - {one.operation for one in journal.records if one.kind == "fence.outcome"}
+
+
+@pytest.mark.parametrize("kind", ["fence.evidence", "remember_end", "fence.outcome"])
+@virtual_time
+async def test_an_off_that_was_cut_off_is_run_again_and_its_request_gets_the_result(kind: str) -> None:
+    world = World()
+    world.vm()
+    await settled()
+    request = world.request(FenceAction.OFF)
+    await killed_at(world, request, kind)
+    again, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.state) == (True, PowerState.OFF)
+    assert world.hypervisor.count("off") <= 2
+    assert not unfinished(again.journal)
+
+
+@virtual_time
+async def test_s5_a_request_that_was_cut_off_before_its_intent_is_not_carried_out_later() -> None:
+    world = World()
+    world.vm()
+    await settled()
+    request = world.request(FenceAction.OFF)
+    await killed_at(world, request, "fence.intent")
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
+    assert world.hypervisor.acts == []
+
+
+@virtual_time
+async def test_an_answer_that_was_cut_off_is_made_again_from_the_journal() -> None:
+    world = World()
+    world.vm()
+    await settled()
+    request = world.request(FenceAction.OFF)
+    await killed_at(world, request, "remember_answer")
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.state, answer.vm_uuid) == (True, PowerState.OFF, VM2)
+    assert world.hypervisor.count("off") == 1
+
+
+@virtual_time
+async def test_an_off_whose_time_is_over_at_the_restart_has_failed_and_is_not_run() -> None:
+    world = World()
+    world.vm()
+    await settled()
+    request = world.request(FenceAction.OFF, within_s=5)
+    await killed_at(world, request, "fence.evidence")
+    acts = list(world.hypervisor.acts)
+    await asyncio.sleep(10)
+    async with World(world.hypervisor, world.journal).running() as again:
+        await asyncio.sleep(5)
+        assert world.hypervisor.acts == acts
+        assert not unfinished(again.journal)
+        assert again.journal.records[-1].body["ok"] is False
+
+
+@virtual_time
+async def test_an_intent_of_another_boot_of_the_host_has_failed() -> None:
+    world = World(HungHypervisor(now))
+    world.vm()
+    await settled()
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(world.request(FenceAction.OFF), ASKER))
+        await asyncio.sleep(1)
+        asking.cancel()
+    for index, record in enumerate(world.journal.records):
+        body = dict(record.body) | {"boot_id": "boot-0"}
+        world.journal.records[index] = type(record)(
+            record.seq, record.at, record.boottime, BootId("boot-0"), record.kind, record.operation, body
+        )
+    hypervisor = FakeHypervisor(now)
+    async with World(hypervisor, world.journal).running() as again:
+        await asyncio.sleep(5)
+        assert hypervisor.acts == []
+        assert not unfinished(again.journal)
+
+
+@virtual_time
+async def test_s5_a_reset_is_never_sent_a_second_time_by_a_restart() -> None:
+    hypervisor = FakeHypervisor(now)
+    hypervisor.delay_s = 1.0
+    world = World(hypervisor)
+    world.vm()
+    request = world.request(FenceAction.REBOOT)
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        while not hypervisor.count("reset"):
+            await asyncio.sleep(0.01)
+        asking.cancel()
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
+    assert "restarted" in answer.reason
+    assert hypervisor.count("reset") == 1
+
+
+@virtual_time
+async def test_a_reboot_that_was_cut_off_while_destroying_is_finished_with_a_start() -> None:
+    hypervisor = FakeHypervisor(now)
+    hypervisor.startable.add(VM2)
+    hypervisor.delay_s = 1.0
+    world = World(hypervisor)
+    world.vm(run_state=RunState.PAUSED)
+    request = world.request(FenceAction.REBOOT)
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        while not hypervisor.count("off"):
+            await asyncio.sleep(0.01)
+        asking.cancel()
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.state) == (True, PowerState.ON)
+    assert hypervisor.count("start") == 1
+
+
+@virtual_time
+async def test_s12_an_on_that_was_cut_off_after_its_start_is_finished_and_starts_nothing_more() -> None:
+    hypervisor = FakeHypervisor(now)
+    hypervisor.startable.add(VM2)
+    hypervisor.boot_s = 3.0
+    world = World(hypervisor)
+    async with world.running():
+        await world.vm_off()
+        request = world.request(FenceAction.ON)
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        while not hypervisor.count("start"):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1)
+        asking.cancel()
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.state) == (True, PowerState.ON)
+    assert hypervisor.count("start") == 1
+
+
+@virtual_time
+async def test_an_on_whose_start_brought_nothing_has_failed_after_the_restart() -> None:
+    hypervisor = BarrenHypervisor(now)
+    hypervisor.startable.add(VM2)
+    world = World(hypervisor)
+    async with world.running():
+        await world.vm_off()
+        request = world.request(FenceAction.ON, within_s=10)
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        await asyncio.sleep(1)
+        asking.cancel()
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.code) == (False, FenceCode.NOT_STARTED)
+    assert hypervisor.count("start") == 1
+
+
+@virtual_time
+async def test_s12_off_takes_over_a_resumed_reboot_too() -> None:
+    hypervisor = SlowStartHypervisor(now)
+    hypervisor.startable.add(VM2)
+    world = World(hypervisor)
+    world.vm(run_state=RunState.PAUSED)
+    request = world.request(FenceAction.REBOOT)
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        while not hypervisor.count("start"):
+            await asyncio.sleep(0.01)
+        asking.cancel()
+    async with World(hypervisor, world.journal).running() as again:
+        assert (await again.ask(FenceAction.OFF)).ok
+        await asyncio.sleep(60)
+        assert hypervisor.count("start") == 1
+        assert not unfinished(again.journal)
+
+
+@virtual_time
+async def test_s12_what_a_fenced_vm_asked_before_is_void_after_a_restart_too() -> None:
+    world = World()
+    world.vm(VM1, "vm1")
+    world.vm()
+    async with world.running():
+        request = world.request(FenceAction.OFF, "vm2")
+        assert (await world.ask(FenceAction.OFF, "vm1", requester=OTHER)).ok
+    async with World(world.hypervisor, world.journal).running() as again:
+        assert (await again.service.answer(request, ASKER)).code is FenceCode.VOID
+
+
+@virtual_time
+async def test_s1_a_process_recorded_before_the_restart_stays_an_instance_until_its_end_is_proven() -> None:
+    world = World()
+    identity = world.vm()
+    async with world.running():
+        await settled()
+    hypervisor = FakeHypervisor(now)  # it has forgotten, and its looks do not show the process
+    hypervisor.absence = lambda _: None  # type: ignore[method-assign]  # which exists
+    async with World(hypervisor, world.journal).running() as again:
+        answer = await again.ask(FenceAction.STATUS)
+        assert (answer.ok, answer.state) == (False, PowerState.UNKNOWN)
+        assert str(identity.pid) in answer.reason
+        assert not (await again.ask(FenceAction.ON)).ok
+
+
+@virtual_time
+async def test_already_off_after_a_crash_of_qemu_while_the_daemon_was_down() -> None:
+    world = World()
+    identity = world.vm()
+    async with world.running():
+        await settled()
+    world.hypervisor.vanish(identity, watched=False)
+    async with World(world.hypervisor, world.journal).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code, answer.state) == (True, FenceCode.ALREADY, PowerState.OFF)
+        assert again.hypervisor.acts == []
+
+
+@virtual_time
+async def test_already_off_after_a_boot_of_the_host() -> None:
+    world = World()
+    world.vm()
+    async with world.running():
+        await settled()
+    known = next(iter(world.journal.known.values()))
+    old = type(known.identity)(
+        known.identity.pid, known.identity.start_time, known.identity.executable, VM2, BootId("boot-0")
+    )
+    world.journal.known = {old: type(known)(known.host, old, "vm2", known.migration, 0.0, None, None)}
+    assert BOOT != old.boot_id
+    async with World(FakeHypervisor(now), world.journal).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (True, FenceCode.ALREADY)
+        assert any("another boot of the host" in line for line in answer.evidence)
+
+
+@virtual_time
+async def test_an_unreadable_intent_is_closed_as_failed() -> None:
+    world = World()
+    async with world.running():
+        await world.journal.append("fence.intent", OperationId("op-1"), {"vm": 7})
+    async with World(world.hypervisor, world.journal).running() as again:
+        assert not unfinished(again.journal)
