@@ -73,6 +73,13 @@ class VmSpec:
         """The chardev socket of a port. Its name is the port's number: port names are no paths."""
         return self.folder / f"port{self.ports.index(port)}.sock"
 
+    @property
+    def sockets(self) -> tuple[Path, ...]:
+        """All that QEMU makes, in no order."""
+        ports = () if self.machine == "none" else tuple(self.port_socket(port) for port in self.ports)
+        control = (self.control,) if self.image is not None else ()
+        return (self.qmp, self.rig_qmp, *ports, *control)
+
 
 def qemu_command(spec: VmSpec) -> list[str]:
     """The command that runs this VM in the foreground. No network card, ever."""

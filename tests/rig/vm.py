@@ -31,13 +31,14 @@ class Vm:
         self._reapers: list[threading.Thread] = []
 
     def start(self, *, timeout_s: float = 20) -> None:
-        """Start QEMU and wait until its monitors listen.
+        """Start QEMU and wait until all its sockets are there.
 
         Raises:
             RigError: it ended, or does not listen in time; the message carries what it said.
         """
         self.spec.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.spec.rig_qmp, self.spec.pid_file):
+        wanted = (*self.spec.sockets, self.spec.pid_file)
+        for path in wanted:
             path.unlink(missing_ok=True)
         with self.spec.qemu_log.open("ab") as log:
             command = ["setpriv", "--pdeathsig", "KILL", "--", *qemu_command(self.spec)]
@@ -49,7 +50,7 @@ class Vm:
         reaper.start()
         self._reapers.append(reaper)
         deadline = time.monotonic() + timeout_s
-        while not (self.spec.rig_qmp.exists() and self.spec.pid_file.exists()):
+        while not all(path.exists() for path in wanted):
             if not reaper.is_alive() or time.monotonic() > deadline:
                 raise RigError(f"{self.spec.name} did not start: {self.spec.qemu_log.read_text()[-2000:]}")
             time.sleep(0.005)
