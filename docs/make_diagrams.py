@@ -138,7 +138,7 @@ def generated() -> Mapping[str, str]:
         "frame types": code_table(FrameType),
         "flags": "\n".join(
             ["| bit | name | meaning |", "|---|---|---|"]
-            + [f"| {flag.value} | {flag.name} | {comments(Flags)[flag.name or '']} |" for flag in Flags]
+            + [f"| {flag.value} | {flag.name} | {comments(Flags)[flag.name]} |" for flag in Flags]
         ),
         "end codes": code_table(EndCode),
         "close codes": code_table(CloseCode),

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
 from fence_vmchannel.events import Priority
 from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT, FrameType
-from fence_vmchannel.saved import SavedChannel, SavedFragment
+
+if TYPE_CHECKING:
+    from fence_vmchannel.saved import SavedChannel
 
 
 class ChannelState(Enum):
@@ -164,6 +166,8 @@ class Channel:
 
     def save(self) -> SavedChannel:
         """All of it, for another process to go on with."""
+        from fence_vmchannel.saved import SavedChannel, SavedFragment  # here: most processes never need it
+
         return SavedChannel(
             number=self.number,
             target=self.target,

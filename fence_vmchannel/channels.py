@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fence_vmchannel.channel_state import (
     MAX_OFFSET,
@@ -40,7 +40,9 @@ from fence_vmchannel.events import (
     Role,
 )
 from fence_vmchannel.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
-from fence_vmchannel.saved import SavedChannels, SavedControl, SavedRefusal
+
+if TYPE_CHECKING:
+    from fence_vmchannel.saved import SavedChannels
 
 BULK_IN_FLIGHT: Final = 262_144
 """Unacknowledged bytes on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
@@ -389,6 +391,12 @@ class Multiplexer:
 
     def save(self) -> SavedChannels:
         """All of it, for another process to go on with."""
+        from fence_vmchannel.saved import (  # here: most processes never need it
+            SavedChannels,
+            SavedControl,
+            SavedRefusal,
+        )
+
         return SavedChannels(
             next_number=self._next_number,
             peer_highest=self._peer_highest,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final, NamedTuple
 from zlib import crc32
 
@@ -52,8 +52,8 @@ class FrameType(IntEnum):
     CANCEL = 37  # before the channel's queued data, which is dropped
 
 
-class Flags(IntFlag):
-    """Flags of a frame; unknown ones are ignored."""
+class Flags(IntEnum):
+    """Bits of a frame's flags; unknown ones are ignored. (No IntFlag: it makes every start 2 ms slower.)"""
 
     IGNORABLE = 1  # a receiver that does not know the type skips the frame
     END = 2  # DATA: last fragment of its message
