@@ -40,6 +40,7 @@ class Supervisor:
         task = self._group.create_task(_contain(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # a task that is cancelled at once never awaits it
         return task
 
 

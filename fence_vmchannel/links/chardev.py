@@ -28,10 +28,11 @@ VERIFY_TIMEOUT_S: Final = 10.0
 class ChardevConnector:
     """Connects to one chardev socket, as often as the hub asks."""
 
-    def __init__(self, path: str, verify: Verify) -> None:
+    def __init__(self, path: str, verify: Verify, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> None:
         """`verify` gets the pid that listens on `path` (SO_PEERCRED: who called listen() last)."""
         self._path = path
         self._verify = verify
+        self._verify_timeout_s = verify_timeout_s
 
     async def connect(self) -> Link:
         """Connect once and check who listens.
@@ -56,7 +57,7 @@ class ChardevConnector:
     async def _check(self, sock: socket.socket) -> None:
         pid = peer_credentials(sock).pid
         try:
-            async with asyncio.timeout(VERIFY_TIMEOUT_S):
+            async with asyncio.timeout(self._verify_timeout_s):
                 await self._verify(pid)
         except TimeoutError as error:
             raise LinkError(f"{self._path}: pid {pid} could not be identified in time") from error
