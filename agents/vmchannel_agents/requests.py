@@ -52,6 +52,7 @@ class Requests:
         patient: bool,
         reach: Reach | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Start the clock; nothing is opened yet.
 
@@ -62,10 +63,14 @@ class Requests:
             patient: wait for a missing hub or port until the deadline (it may be starting).
             reach: opens the fence service; None is the hub, else the port.
             clock: `time.monotonic`.
+            sleep: `time.sleep`.
         """
         self._deadline = clock() + timeout_s
         self._client = FencingClient(
-            reach or _guest_reach(socket, port), patience_s=timeout_s if patient else PATIENCE_S, clock=clock
+            reach or _guest_reach(socket, port),
+            patience_s=timeout_s if patient else PATIENCE_S,
+            clock=clock,
+            sleep=sleep,
         )
         self._ids: dict[tuple[FenceAction, str], bytes] = {}
 

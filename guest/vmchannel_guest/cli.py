@@ -252,7 +252,7 @@ def _facts(value: Any) -> Any:
         case bytes():
             return value.hex()
         case tuple():
-            return [_facts(item) for item in cast("tuple[Any, ...]", value)]
+            return [_facts(item) for item in cast(Any, value)]
         case _ if dataclasses.is_dataclass(value):
             return {one.name: _facts(getattr(value, one.name)) for one in dataclasses.fields(value)}
         case _:
