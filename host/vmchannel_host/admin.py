@@ -54,6 +54,7 @@ class AdminServer:
         self._server: asyncio.AbstractServer | None = None
         self._runner: web.AppRunner | None = None
         self._quiet: dict[object, asyncio.TimerHandle] = {}  # connections without a request yet
+        self._requests: set[tuple[asyncio.Task[object], asyncio.Future[None]]] = set()
 
     async def start(self) -> None:
         """Open the socket and serve.
@@ -77,9 +78,10 @@ class AdminServer:
         if self._server is not None:
             self._server.close()
         if self._runner is not None:
+            await self._end_requests(timeout_s)
             server = self._runner.server
             if server is not None:
-                await server.shutdown(timeout_s)
+                await server.shutdown(0.1)
             await self._runner.cleanup()
             self._runner = None
         for timer in self._quiet.values():
@@ -88,6 +90,17 @@ class AdminServer:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    async def _end_requests(self, timeout_s: float) -> None:
+        """Wait for what is being answered, then cancel it.
+
+        aiohttp forgets a request whose client has gone, though its handler runs on: here all are known.
+        """
+        for patience_s in (timeout_s, 1.0):
+            if self._requests:
+                await asyncio.wait([done for _, done in self._requests], timeout=patience_s)
+            for task, _ in self._requests:
+                task.cancel()
 
     @property
     def connections(self) -> int:
@@ -116,6 +129,16 @@ class AdminServer:
         timer = self._quiet.pop(request.protocol, None)
         if timer is not None:
             timer.cancel()
+        task, done = asyncio.current_task(), asyncio.get_running_loop().create_future()
+        assert task is not None  # a coroutine that runs is in a task
+        self._requests.add((task, done))
+        try:
+            return await self._respond(request, handler)
+        finally:
+            self._requests.discard((task, done))
+            done.set_result(None)
+
+    async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await self._answer(request, handler)
         if response.prepared:
             return response

@@ -322,11 +322,15 @@ async def test_events_come_as_they_happen_and_the_listener_is_let_go(
     await until(lambda: rig.view.listeners == 0)
 
 
-async def test_live_views_are_limited_in_number(rig: AdminRig, http: aiohttp.ClientSession) -> None:
+async def test_live_views_are_limited_in_number_and_end_with_the_daemon_when_their_client_has_gone(
+    rig: AdminRig, http: aiohttp.ClientSession
+) -> None:
     views = [await http.get("/v1/events") for _ in range(2)]
     assert (await get(http, "/v1/events"))[0] == 503
     for view in views:
         view.close()
+    await rig.server.close()
+    assert rig.view.listeners == 0
 
 
 async def test_a_live_view_that_is_not_read_is_dropped(rig: AdminRig) -> None:
@@ -359,6 +363,24 @@ async def test_closing_ends_live_views_and_open_connections(tmp_path: Path) -> N
         await response.read()
         assert rig.view.listeners == 0
     assert not rig.path.exists()
+
+
+async def test_closing_gives_a_fence_its_time_and_then_lets_go_of_it(tmp_path: Path) -> None:
+    for timeout_s, status in ((20.0, 200), (0.1, None)):
+        async with served(tmp_path) as rig, client(rig) as http:
+            rig.view.go.clear()
+            asked = asyncio.create_task(post(http, ORDER))
+            await until(lambda rig=rig: rig.view.orders)
+            closing = asyncio.create_task(rig.server.close(timeout_s=timeout_s))
+            if status is not None:
+                await asyncio.sleep(0.05)
+                rig.view.go.set()
+                assert (await asked)[0] == status
+            else:
+                with pytest.raises(aiohttp.ClientError):
+                    await asked
+            await closing
+            assert rig.view.answered == (status is not None)
 
 
 # clients that misbehave
