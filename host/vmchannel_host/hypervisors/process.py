@@ -90,6 +90,7 @@ class VerifiedProcess:
         self.command = command
         self._pidfd = pidfd
         self._ended: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def key(self) -> ProcessKey:
@@ -121,7 +122,8 @@ class VerifiedProcess:
         """Wait until the process has ended. Any number of tasks may wait."""
         if self._ended is None:
             self._ended = asyncio.Event()
-            asyncio.get_running_loop().add_reader(self._pidfd, self._on_end, self._ended)
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._pidfd, self._on_end, self._loop, self._ended)
         await self._ended.wait()
 
     def kill(self) -> None:
@@ -141,14 +143,14 @@ class VerifiedProcess:
         """Give the pidfd back. Safe to call twice."""
         if self._pidfd < 0:
             return
-        if self._ended is not None and not self._ended.is_set():
-            asyncio.get_running_loop().remove_reader(self._pidfd)
+        if self._loop is not None and self._ended is not None and not self._ended.is_set():
+            self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
 
-    def _on_end(self, ended: asyncio.Event) -> None:
+    def _on_end(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
         # A pidfd stays readable for ever: a reader left in place would spin.
-        asyncio.get_running_loop().remove_reader(self._pidfd)
+        loop.remove_reader(self._pidfd)
         ended.set()
 
 
@@ -261,10 +263,8 @@ class ProcessTable:
                 return EndProof.ABSENT
             return EndProof.ABSENT if _readable(pidfd) else None
         except (OSError, ValueError) as error:
-            if _readable(pidfd):
-                return (
-                    EndProof.ABSENT
-                )  # whoever held the pid just now has ended; if not ours, ours had before
+            if _readable(pidfd):  # who held the pid just now has ended; if not ours, ours had before
+                return EndProof.ABSENT
             raise HypervisorError(f"{identity}: cannot read its start time") from error
         finally:
             os.close(pidfd)

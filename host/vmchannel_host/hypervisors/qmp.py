@@ -177,10 +177,7 @@ class QmpHypervisor:
         watched = self._table.get((identity.pid, identity.start_time))
         if watched is None or watched.identity != identity:
             raise HypervisorError(f"{identity} is not watched here")
-        directory = working_directory(self._processes.proc, identity.pid)
-        return await reset_instance(
-            watched, host=self._host, clock=self._clock, directory=directory, timeout_s=timeout_s
-        )
+        return await reset_instance(watched, host=self._host, clock=self._clock, timeout_s=timeout_s)
 
     def can_start(self, vm: VmUuid, name: str) -> bool:
         """Whether a start command is configured for that VM."""

@@ -37,6 +37,9 @@ from vmchannel_host.model import Migration, Port, RunState, VmUuid
 MAX_MESSAGE_BYTES = 128 * 1024
 """Longest line taken from a monitor, in bytes; query-chardev with 500 chardevs is half of it."""
 
+READ_BYTES = 16 * 1024
+"""Taken from a monitor at a time, in bytes; then the other tasks have their turn."""
+
 MAX_UNANSWERED = 8
 """Commands that a mute monitor may owe us before further ones are refused at once."""
 
@@ -206,10 +209,19 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     name = parse_name(await monitor.execute("query-name", timeout_s=timeout_s))
     devices = await _devices(monitor, timeout_s)
     ports = await _ports(monitor, devices, directory, timeout_s)
-    network = await _network(monitor, timeout_s)
+    resettable = await _is_resettable(monitor, devices, timeout_s)
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    passthrough = network_has_passthrough(network) or any(device.is_passthrough for device in devices)
-    return MonitorFacts(name, run_state, migration, ports, resettable=not passthrough)
+    return MonitorFacts(name, run_state, migration, ports, resettable)
+
+
+async def read_resettable(monitor: Monitor, *, timeout_s: float) -> bool:
+    """Ask whether `system_reset` may prove a reboot: no device keeps state that it does not reach (S8)."""
+    return await _is_resettable(monitor, await _devices(monitor, timeout_s), timeout_s)
+
+
+async def _is_resettable(monitor: Monitor, devices: tuple[Device, ...], timeout_s: float) -> bool:
+    network = await _network(monitor, timeout_s)
+    return not network_has_passthrough(network) and not any(device.is_passthrough for device in devices)
 
 
 async def _devices(monitor: Monitor, timeout_s: float) -> tuple[Device, ...]:
@@ -288,6 +300,9 @@ class _Client(QMPClient):
 
     async def _establish_session(self) -> None:
         await super()._establish_session()
+        if self._writer is not None:
+            # asyncio's own 256 KiB would be thousands of events in one go: 80 ms for which all others wait.
+            cast(Any, self._writer.transport).max_size = READ_BYTES
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(_fetch_error)
 

@@ -13,14 +13,14 @@ from vmchannel_host.hypervisors.qmp_monitor import (
     Monitor,
     MonitorClosed,
     MonitorError,
-    read_facts,
+    read_resettable,
     read_run_state,
 )
 from vmchannel_host.model import HostName, InstanceReset, Migration, RunState
 
 
 async def reset_instance(
-    watched: Watched, *, host: HostName, clock: Callable[[], float], directory: str, timeout_s: float
+    watched: Watched, *, host: HostName, clock: Callable[[], float], timeout_s: float
 ) -> InstanceReset:
     """Reset the one running instance of a VM and prove it.
 
@@ -40,7 +40,7 @@ async def reset_instance(
         raise HypervisorError(f"{watched.identity}: no monitor answers, so a reset cannot be proven")
     try:
         async with asyncio.timeout(timeout_s):
-            await _check_resettable(watched, monitor, directory, timeout_s)
+            await _check_resettable(watched, monitor, timeout_s)
             with monitor.tap("RESET") as tap:
                 await monitor.execute("system_reset", timeout_s=timeout_s)
                 await _wait_for_event(tap, monitor)
@@ -52,12 +52,10 @@ async def reset_instance(
     return InstanceReset(host, watched.identity, elapsed_ms=round((clock() - began) * 1000))
 
 
-async def _check_resettable(watched: Watched, monitor: Monitor, directory: str, timeout_s: float) -> None:
-    asked_at = watched.migration_events
-    facts = await read_facts(monitor, directory=directory, timeout_s=timeout_s)
-    watched.learn(facts, asked_at=asked_at)
-    instance = watched.instance()
-    if not instance.resettable:
+async def _check_resettable(watched: Watched, monitor: Monitor, timeout_s: float) -> None:
+    command = watched.process.command
+    by_command_line = not command.passthrough and not command.no_reboot
+    if not by_command_line or not await read_resettable(monitor, timeout_s=timeout_s):
         raise HypervisorError(
             f"{watched.identity}: a reset is no proof: passthrough device, -no-reboot, or unknown"
         )
