@@ -14,7 +14,7 @@ help:      ## list the targets
 deps:      ## install Debian packages and the virtual environment
 	@tools/install-deps
 
-demo: deps ## three guests, one fences another; about a minute and a half
+demo: deps ## three guests, one fences another; about a minute
 	@$(BIN)/python -m tests.rig.demo $(ARGS)
 
 test: deps ## unit, integration and system tests (ARGS="-k name" narrows)

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,9 @@ from tests.rig.qemu import VmSpec, write_start_script
 from tests.rig.vm import find_processes, running, stop_all
 
 AGENT_S = 60  # the agent's own deadline is 40 s
+
+_UUID = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
+_LOG_PREFIX = re.compile(r"^\S+ (?:info )?(?:\w+\.)?(?=\w)")  # time, usual level, package: known here
 
 _CONFIG = """\
 host: demo-host
@@ -85,7 +88,8 @@ async def play(stage: Stage) -> None:
         say.tell(f"three guests boot, -nic none, one port each: {pids}")
         stage.guests = [Guest(vm) for vm in vms]
         say.command("host", f"vmchanneld --config {config}")
-        async with daemon("vmchanneld", "--config", str(config), on_line=say.host) as vmchanneld:
+        on_line = _host_lines(say, {spec.uuid: spec.name for spec in specs})
+        async with daemon("vmchanneld", "--config", str(config), on_line=on_line) as vmchanneld:
             try:
                 await vmchanneld.wait_for(Path(stage.admin))
                 await _scenes(stage)
@@ -103,11 +107,24 @@ def _write_config(folder: Path, specs: list[VmSpec]) -> Path:
     lines: list[str] = []
     for spec in specs:
         spec.folder.mkdir()
-        lines.append(f"      {spec.name}: [{write_start_script(spec)}]")
+        lines.append(f"      {spec.uuid}: [{write_start_script(spec)}]")
     path = folder / "host.yaml"
-    members = ", ".join(spec.name for spec in specs)
+    # UUIDs: the host sees every QEMU of this machine, and another run may call its VMs vm1 too
+    members = ", ".join(spec.uuid for spec in specs)
     path.write_text(_CONFIG.format(folder=folder, start="\n".join(lines), members=members))
     return path
+
+
+def _host_lines(say: Narrator, names: Mapping[str, str]) -> Callable[[str], None]:
+    """Show the daemon's log: shortened, UUIDs as names, and nothing of other VMs of this machine."""
+
+    def tell(line: str) -> None:
+        for uuid, name in names.items():
+            line = line.replace(uuid, name)
+        if not _UUID.search(line):
+            say.host(_LOG_PREFIX.sub("", line))
+
+    return tell
 
 
 async def _scenes(stage: Stage) -> None:
@@ -182,7 +199,7 @@ async def _reboot(stage: Stage, target: Guest) -> None:
 
 
 async def _evidence(stage: Stage, said: str) -> None:
-    operation = re.search(r"\bop=(\S+)", said)
+    operation = re.search(r"\bop=(\w\S*)", said)
     await _ctl(stage, "ops", *([operation[1]] if operation else []))
 
 

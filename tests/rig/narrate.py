@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TextIO
 
-_WIDTH = 100
+_TIME_COLUMNS = 9
 
 
 class Ink(Enum):
@@ -34,8 +35,9 @@ def wants_colour(out: TextIO, environment: Mapping[str, str]) -> bool:
 class Narrator:
     """Writes lines with the seconds since the beginning before them."""
 
-    def __init__(self, out: TextIO, *, colour: bool, clock: Callable[[], float]) -> None:
+    def __init__(self, out: TextIO, *, colour: bool, clock: Callable[[], float], columns: int = 140) -> None:
         self._out = out
+        self._columns = columns
         self._colour = colour
         self._clock = clock
         self._began = clock()
@@ -62,7 +64,7 @@ class Narrator:
 
     def host(self, text: str) -> None:
         """A line of the host daemon's log, cut to the width."""
-        self._line(f"  host | {text}"[: _WIDTH - 9], Ink.HOST)
+        self._line(f"  host | {text}"[: self._columns - _TIME_COLUMNS], Ink.HOST)
 
     def good(self, text: str) -> None:
         self._line(f"  ok   {text}", Ink.GOOD)
@@ -82,4 +84,6 @@ class Narrator:
 
 def terminal_narrator() -> Narrator:
     """One that writes to standard output."""
-    return Narrator(sys.stdout, colour=wants_colour(sys.stdout, os.environ), clock=time.monotonic)
+    colour = wants_colour(sys.stdout, os.environ)
+    columns = max(60, shutil.get_terminal_size((140, 24)).columns)
+    return Narrator(sys.stdout, colour=colour, clock=time.monotonic, columns=columns)

@@ -41,6 +41,12 @@ def test_colour_is_for_terminals_and_for_who_asks(
     assert wants_colour(out, environment) is wanted
 
 
+def test_a_log_line_is_cut_to_the_width_of_the_terminal() -> None:
+    out = io.StringIO()
+    Narrator(out, colour=False, clock=lambda: 0.0, columns=60).host("x" * 500)
+    assert len(out.getvalue().rstrip("\n")) == 60
+
+
 def test_text_of_a_guest_cannot_steer_the_terminal() -> None:
     out = io.StringIO()
     Narrator(out, colour=False, clock=lambda: 0.0).output("red\x1b[31m\rand\x07 more")
