@@ -89,6 +89,7 @@ class Operation:
         self._finds = 0
         self._mute_looks = 0
         self._polls = 0
+        self._unsettled = ""  # why the last poll after a start was no verdict; "" when nothing new was there
         self._joins = 0
         self._lines: list[str] = []
         self._outcome: Outcome | None = None
@@ -361,13 +362,18 @@ class Operation:
             if instance.run_state is RunState.RUNNING and process.identity not in self._old
         ]
         if len(found) > 1:
-            return self._not_started(f"more than one instance: {_list(found)}", PowerState.UNKNOWN)
-        if not new or self._silence() or self._conflict():
-            return self._poll()
+            # A QEMU that daemonizes itself is two processes for a moment: no verdict while there is time.
+            return self._poll(f"more than one instance: {_list(found)}")
+        if not new:
+            return self._poll("")
+        doubt = self._conflict()
+        if self._silence() or doubt is not None:
+            return self._poll(self._silence() or (doubt.reason if doubt is not None else ""))
         self._note_looks()
         return self._conclude(True, FenceCode.DONE, f"on: {new[0]}", PowerState.ON)
 
-    def _poll(self) -> tuple[Command, ...]:
+    def _poll(self, unsettled: str) -> tuple[Command, ...]:
+        self._unsettled = unsettled
         self._polls += 1
         return self._look(_backoff(self._polls))
 
@@ -447,7 +453,7 @@ class Operation:
 
     def _look_failed(self, line: str) -> tuple[Command, ...]:
         if self._state is OperationState.STARTING:
-            return self._poll()
+            return self._poll(line)
         if self._mute_looks >= MAX_MUTE_LOOKS:
             return self._conclude(False, FenceCode.FAILED, line)
         return self._look_once_more()
@@ -456,7 +462,8 @@ class Operation:
 
     def _time_over(self) -> tuple[Command, ...]:
         if self._state is OperationState.STARTING:
-            return self._not_started("no new instance was seen running in time", PowerState.UNKNOWN)
+            reason = "no new instance was seen running in time"
+            return self._not_started(self._unsettled or reason, PowerState.UNKNOWN)
         owed = f"; not proven to have ended: {_list(self._owed)}" if self._owed else ""
         reason = f"time is over while {self._state.value}{owed}; the outcome is unknown"
         return self._conclude(False, FenceCode.DEADLINE, reason)

@@ -344,8 +344,38 @@ def test_s12_two_instances_after_a_start_are_no_success_of_an_on() -> None:
     op = Driven(intent(FenceAction.ON))
     op.look(can_start=True)
     op.look(instance(A), instance(B))
+    assert op.published is None  # a daemonizing QEMU is two processes for a moment
+    deadline = op.operation.next_deadline()
+    assert deadline is not None
+    op.apply(TimePassed(), deadline)
     assert op.published is not None
-    assert not op.published.outcome.ok
+    assert (op.published.outcome.ok, op.published.outcome.code) == (False, FenceCode.NOT_STARTED)
+    assert "more than one instance: pid 100" in op.published.outcome.reason
+    assert "pid 101" in op.published.outcome.reason
+
+
+def test_s12_the_on_is_done_when_only_one_of_several_new_instances_is_left() -> None:
+    op = Driven(intent(FenceAction.ON))
+    op.look(can_start=True)
+    (again,) = op.look(instance(A, RunState.UNKNOWN), instance(B, RunState.UNKNOWN))
+    assert isinstance(again, TakeLook)
+    op.apply(StartReport(OP, HV1))
+    op.look(instance(A, RunState.UNKNOWN), instance(B))
+    assert op.published is None
+    op.look(instance(B))
+    assert op.published is not None
+    assert (op.published.outcome.ok, op.published.outcome.state) == (True, PowerState.ON)
+
+
+def test_an_on_that_no_look_could_confirm_says_why() -> None:
+    op = Driven(intent(FenceAction.ON))
+    op.look(can_start=True)
+    op.look(instance(A), silent="a process that cannot be read")
+    deadline = op.operation.next_deadline()
+    assert deadline is not None
+    op.apply(TimePassed(), deadline)
+    assert op.published is not None
+    assert "a process that cannot be read" in op.published.outcome.reason
 
 
 def test_s12_off_that_takes_over_starts_nothing_and_waits_for_the_start_that_runs() -> None:
