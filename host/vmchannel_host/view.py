@@ -154,9 +154,7 @@ class View:
     def ports(self) -> Sequence[PortView]:
         """Every port that is served."""
         peers = {(peer.key, peer.port): peer for peer in self._hub.status().peers}
-        views = [
-            self._port(port, peers.get((port.vm_uuid, port.port.name))) for port in self._ports.served()
-        ]
+        views = [self._port(port, peers.get((port.vm_uuid, port.port.name))) for port in self._ports.served()]
         return sorted(views, key=lambda view: (view.vm_name, view.name))
 
     def hosts(self) -> Sequence[HostView]:
@@ -278,7 +276,9 @@ class View:
             return "the VM was never seen here, and no group names its UUID"
         if action is FenceAction.ON and not report.can_start:
             return "no start command is configured for it (hypervisors: start)"
-        mute = [one for one in report.look.instances if one.vm_uuid == vm and one.run_state is RunState.UNKNOWN]
+        mute = [
+            one for one in report.look.instances if one.vm_uuid == vm and one.run_state is RunState.UNKNOWN
+        ]
         if mute and action is FenceAction.STATUS:
             return "its monitor does not answer"
         return ""
@@ -288,8 +288,8 @@ class View:
         if self._health.journal != "ok":
             problems.append(f"journal: {self._health.journal}")
         if self._policy().allows_nobody:
-            problems.append("the policy allows nobody to fence: add a group to policy.d (man vmchannel-host.yaml)")
+            problems.append(
+                "the policy allows nobody to fence: add a group to policy.d (man vmchannel-host.yaml)"
+            )
         problems += [conflict.text for conflict in self._registry.all_conflicts()]
         return tuple(problems)
-
-
