@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fence_vmchannel.connection import Connection
 from fence_vmchannel.errors import (
@@ -21,9 +21,11 @@ from fence_vmchannel.errors import (
 )
 from fence_vmchannel.events import ChannelOpened, Limits, PeerIdentity, Role
 from fence_vmchannel.links.base import Link, wait_for
-from fence_vmchannel.local_protocol import Origin, decode_local
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from fence_vmchannel.shell import Shell
+
+if TYPE_CHECKING:
+    from fence_vmchannel.local_protocol import Origin
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -95,6 +97,8 @@ class BlockingShell(Shell):
         elif len(unclaimed) >= _MAX_UNCLAIMED:
             self.close(event.channel, CloseCode.LIMIT, "the application does not keep up")
         else:
+            from fence_vmchannel.local_protocol import Origin, decode_local
+
             origin = decode_local(event.payload)
             if not isinstance(origin, Origin):
                 raise RemoteProtocolError("the hub does not say who opens a channel")

@@ -107,13 +107,20 @@ def open_port(name: str, paths: PortPaths = SYSTEM_PATHS) -> GuestPort:
     try:
         return open_node(port.node, name, paths.open)
     except PortBusy as error:
-        holder = holder_of(port.node, paths)
-        by = str(holder) if holder else "a process that this user may not see"
-        raise PortBusy(f"port {name} ({port.node}) is held by {by}") from error
+        raise port_busy(port, holder_of(port.node, paths)) from error
+
+
+def port_busy(port: FoundPort, holder: Holder | None) -> PortBusy:
+    """The error for a port that `holder` has open."""
+    by = str(holder) if holder else "a process that this user may not see"
+    return PortBusy(f"port {port.name} ({port.node}) is held by {by}")
 
 
 def holder_of(node: str, paths: PortPaths = SYSTEM_PATHS) -> Holder | None:
-    """The process that has the device node open, or None when none can be seen (that needs root)."""
+    """The process that has the device node open, or None when none can be seen (that needs root).
+
+    Reads /proc of every process, which may take some 10 ms.
+    """
     try:
         wanted = os.stat(node).st_rdev
     except OSError:

@@ -32,7 +32,7 @@ log.addHandler(logging.NullHandler())
 
 FIRST_RETRY_S: Final = 0.05
 LAST_RETRY_S: Final = 1.0
-_STABLE_S = 5.0
+_STABLE_S = 1.0
 """A link that lasted so long was good: the next attempt comes soon again."""
 
 
@@ -173,7 +173,7 @@ class PeerTable:
         peer.endpoint.detail = reason
         if peer.trouble != reason and peer.present:
             peer.trouble = reason
-            log.warning("peer %s: no link: %s", peer.info, reason)
+            log.warning("peer %s: no link: %s", peer.info, quoted(reason))
             self._publish(PortUnusable(peer.info.port, peer.info.name, reason, peer.info.key))
 
 
@@ -225,7 +225,7 @@ async def keep_linked(peer: Peer, table: PeerTable) -> None:
             peer.trouble = ""
             ended = peer.endpoint.use(link)
             reason = await ended
-            log.info("peer %s: link ended: %s", peer.info, reason)
+            log.info("peer %s: link ended: %s", peer.info, quoted(reason))
         pause_s = FIRST_RETRY_S if loop.time() - began > _STABLE_S else min(pause_s * 2, LAST_RETRY_S)
         await _pause(peer.hurry, pause_s)
 

@@ -9,9 +9,10 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
-from fence_vmchannel.discovery import PortPaths, UeventListener, open_port, scan_ports
-from fence_vmchannel.errors import LinkError
+from fence_vmchannel.discovery import PortPaths, UeventListener, find_port, holder_of, port_busy, scan_ports
+from fence_vmchannel.errors import LinkError, PortBusy
 from fence_vmchannel.links.base import Link
+from fence_vmchannel.links.guest_port import open_node
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -34,7 +35,12 @@ class PortConnector:
 
     async def connect(self) -> Link:
         """See `Connector`. Raises PortNotFound or PortBusy, which names the process that holds it."""
-        return open_port(self._name, self._paths)
+        port = find_port(self._name, self._paths)
+        try:
+            return open_node(port.node, self._name, self._paths.open)
+        except PortBusy as error:
+            holder = await asyncio.to_thread(holder_of, port.node, self._paths)
+            raise port_busy(port, holder) from error
 
 
 async def follow_ports(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelClosed, ChannelError, CloseCode
 from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
+from fence_vmchannel.logs import quoted
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -64,7 +65,7 @@ class _Leg:
         try:
             other.endpoint.connection.send(other.channel, event.data, end=event.end)
         except ChannelError as error:  # cannot happen while credit is end to end
-            log.error("relay to %s: %s", other.endpoint.peer, error)
+            log.error("relay to %s: %s", other.endpoint.peer, quoted(str(error)))
             other.endpoint.close(other.channel, CloseCode.INTERNAL, str(error), abort=True)
             self._part(CloseCode.INTERNAL, str(error), abort=True)
             return

@@ -50,6 +50,9 @@ class ChardevConnector:
         try:
             await self._check(sock)
             return SocketLink(sock, os.path.basename(self._path))
+        except OSError as error:  # descriptors have run out
+            sock.close()
+            raise LinkError(f"{self._path}: {error.strerror}") from error
         except BaseException:
             sock.close()
             raise

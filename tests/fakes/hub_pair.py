@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +131,12 @@ async def next_event(events: Watch, kind: str) -> HubEvent:
             if type(event).__name__ == kind:
                 return event
     raise AssertionError(f"the watch ended without {kind}")
+
+
+async def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true within 5 s."""
+    for _ in range(500):
+        if condition():
+            return True
+        await asyncio.sleep(0.01)
+    return False

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fence_vmchannel.channel import Channel
-from fence_vmchannel.errors import LinkError, ServiceRefused
+from fence_vmchannel.client import connect
+from fence_vmchannel.errors import ChannelClosed, CloseCode, LinkError, ServiceRefused, SessionReset
 from fence_vmchannel.events import PeerIdentity, Role
 from fence_vmchannel.hub import Hub
 from fence_vmchannel.hub_events import PeerConnected, PortAdded, PortRemoved, PortUnusable
@@ -24,7 +25,7 @@ from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.links.stream import SocketLink
 from fence_vmchannel.peers import HOST_PEER
 from tests.fakes.fake_port import PtyPort, busy_opener
-from tests.fakes.hub_pair import HOST, VM, next_event
+from tests.fakes.hub_pair import HOST, VM, FakePort, eventually, next_event
 
 
 async def echo(channel: Channel) -> None:
@@ -85,6 +86,44 @@ async def test_a_host_follows_a_qemu_that_ends_and_returns(tmp_path: Path) -> No
                         assert await channel.request(b"x") == b"x"
                     qemu.close()
                 await next_event(events, "PeerDisconnected")
+
+
+async def test_a_new_host_daemon_resets_the_session_and_the_application_is_told(tmp_path: Path) -> None:
+    async def mute(channel: Channel) -> None:
+        asked.add(await channel.receive())
+        await channel.wait_closed()
+
+    asked: set[bytes | None] = set()
+    path = str(tmp_path / "guest.sock")
+    port = FakePort()
+    async with Hub(PeerIdentity("boot", "guest"), default_peer=HOST_PEER) as guest:
+        guest.serve(path)
+        with guest.watch() as events:
+            guest.attach(HOST, port.guest, role=Role.GUEST)
+            async with connect(path) as client:
+                async with Hub(PeerIdentity("host-boot", "first daemon")) as first:
+                    first.offer("org.example.mute", mute)
+                    first.attach(VM, port.host)
+                    channel = await client.open("org.example.mute", timeout_s=10)
+                    request = asyncio.ensure_future(client.request("org.example.mute", b"?", timeout_s=10))
+                    await channel.send(b"unconfirmed")
+                    assert await eventually(lambda: asked == {b"?", b"unconfirmed"})
+                    port.plugged = False
+                    port.cut()  # as if it had been killed: nothing of its end comes through
+                    await next_event(events, "PeerDisconnected")
+                port.plugged = True
+                async with Hub(PeerIdentity("host-boot", "second daemon")) as second:
+                    second.attach(VM, port.host)
+                    await next_event(events, "SessionWasReset")
+                    connected = await next_event(events, "PeerConnected")
+                    assert isinstance(connected, PeerConnected)
+                    assert (connected.software, connected.resumed) == ("second daemon", False)
+                    with pytest.raises(ChannelClosed) as closed:
+                        await channel.receive()
+                    assert closed.value.code is CloseCode.SESSION_RESET
+                    with pytest.raises(SessionReset, match="whether the request was acted on is unknown"):
+                        await request
+    port.close()
 
 
 async def test_a_socket_whose_process_is_not_the_vms_qemu_is_not_used(tmp_path: Path) -> None:

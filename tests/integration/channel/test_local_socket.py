@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from fence_vmchannel.errors import ChannelClosed, CloseCode, HubUnreachable, Lin
 from fence_vmchannel.events import PeerIdentity
 from fence_vmchannel.hub import Hub
 from fence_vmchannel.links.local import LocalListener
-from tests.fakes.hub_pair import hub_pair
+from tests.fakes.hub_pair import eventually, hub_pair
 
 NOBODY = 65_534
 ROOT = Path(__file__).parents[3]
@@ -32,15 +32,6 @@ ROOT = Path(__file__).parents[3]
 async def echo(channel: Channel) -> None:
     while (message := await channel.receive()) is not None:
         await channel.send(message)
-
-
-async def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition comes true within 5 s."""
-    for _ in range(500):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return False
 
 
 @pytest.fixture
