@@ -20,6 +20,7 @@ from vmchannel_host.hypervisors.qmp_monitor import (
     Monitor,
     MonitorClosed,
     MonitorMute,
+    NobodyListens,
     read_facts,
     read_run_state,
     read_uuid,
@@ -106,6 +107,8 @@ class SocketFollower:
                 await self._session()
                 pause_s = self._timings.first_retry_s
             except HypervisorError as error:
+                if isinstance(error, NobodyListens):
+                    self.conflict = None
                 self._report(error)
                 pause_s = min(pause_s * 2, self._timings.last_retry_s)
             except Exception:
@@ -155,7 +158,9 @@ class SocketFollower:
         try:
             process = await self._identify(monitor.peer_pid)
         except ProcessGone as error:
-            raise MonitorClosed(f"{self.path}: {error}") from error
+            # If it still answers, an heir of the listening socket serves it: which process, nobody can say.
+            await monitor.execute("query-status", timeout_s=self._timings.command_s)
+            raise Conflict(f"monitor {self.path!r} of VM {says} answers, but {error}", says) from error
         except HypervisorError as error:
             raise Conflict(f"monitor {self.path!r} of VM {says}: {error}", says) from error
         if process.identity.vm_uuid != says:

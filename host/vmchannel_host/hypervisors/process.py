@@ -251,6 +251,8 @@ class ProcessTable:
         """
         if identity.boot_id != self.boot_id:
             return EndProof.OTHER_BOOT
+        if identity.pid <= 0:
+            raise HypervisorError(f"{identity} is no process")
         try:
             # Asked first: unlike /proc it does not hide other users' processes.
             pidfd = self._pidfd_open(identity.pid)

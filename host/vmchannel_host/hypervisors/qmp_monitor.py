@@ -8,6 +8,7 @@ reader itself (so their order among the replies is known), and a bound on unansw
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -58,6 +59,10 @@ class MonitorClosed(MonitorError):
     """Nobody listens, or the connection ended."""
 
 
+class NobodyListens(MonitorClosed):
+    """There is no socket at the path, or no process behind it."""
+
+
 class CommandRefused(MonitorError):
     """QEMU answered with an error."""
 
@@ -77,7 +82,8 @@ class Monitor:
 
         Raises:
             MonitorMute: the socket accepts but says nothing (or its backlog is full).
-            MonitorClosed: nobody listens there, or what answers is not QMP.
+            NobodyListens: there is no socket, or no process behind it.
+            MonitorClosed: what answers is not QMP.
         """
         sock = _connect_socket(path)
         client = _Client()
@@ -338,7 +344,9 @@ def _connect_socket(path: str) -> socket.socket:
         raise MonitorMute(f"{path}: its backlog is full, QEMU accepts nobody") from error
     except OSError as error:
         sock.close()
-        raise MonitorClosed(f"{path}: {error.strerror or error}") from error
+        gone = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+        kind = NobodyListens if gone else MonitorClosed
+        raise kind(f"{path}: {error.strerror or error}") from error
     return sock
 
 

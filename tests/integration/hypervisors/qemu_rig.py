@@ -82,6 +82,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._started: list[Qemu] = []
+        self._sessions: list[int] = []
         self._names = 0
 
     def qemu(
@@ -122,6 +123,13 @@ class Rig:
         ]
         return self._start(command, vm_uuid, path)
 
+    def background(self, code: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Run Python code that leaves a child behind; the child ends with the rig."""
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True)
+        process.wait(20)
+        self._sessions.append(process.pid)
+        return process
+
     def _start(self, command: list[str], vm_uuid: VmUuid, path: Path) -> Qemu:
         environment = {"PATH": "/usr/bin:/bin", "PYTHONHOME": sys.base_prefix}
         process = subprocess.Popen(
@@ -139,6 +147,8 @@ class Rig:
     def close(self) -> None:
         for qemu in self._started:
             qemu.close()
+        for session in self._sessions:
+            os.killpg(session, signal.SIGKILL)
 
 
 def _listens(path: Path) -> bool:

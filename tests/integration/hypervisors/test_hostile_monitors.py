@@ -141,6 +141,10 @@ async def test_a_monitor_that_names_another_vm_is_a_conflict_and_both_are_silent
         assert any(OTHER_UUID in conflict and liar.vm_uuid in conflict for conflict in look.conflicts)
         (instance,) = of(look, liar)
         assert instance.run_state is RunState.UNKNOWN
+        await host.off(instance.identity, quit_timeout_s=0.1)
+        async with asyncio.timeout(10):
+            while OTHER_UUID in {vm_uuid for vm_uuid, _ in look.silent}:
+                look = await host.look()
 
 
 async def test_a_monitor_of_a_program_that_is_no_qemu_makes_its_vm_silent(rig: Rig) -> None:
@@ -150,6 +154,34 @@ async def test_a_monitor_of_a_program_that_is_no_qemu_makes_its_vm_silent(rig: R
         assert UUID in {vm_uuid for vm_uuid, _ in look.silent}
         assert any(path in conflict for conflict in look.conflicts)
         assert all(instance.vm_uuid != UUID for instance in look.instances)
+
+
+HEIR = """
+import json, os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+if os.fork():
+    os._exit(0)
+answers = {"query-uuid": {"UUID": sys.argv[2]}, "query-status": {"status": "running"}}
+while True:
+    client, _ = listener.accept()
+    client.sendall(json.dumps({"QMP": {"version": {}, "capabilities": []}}).encode() + b"\\n")
+    while data := client.recv(65536):
+        command = json.loads(data)
+        reply = {"return": answers.get(command["execute"], {}), "id": command.get("id")}
+        client.sendall(json.dumps(reply).encode() + b"\\n")
+"""
+
+
+async def test_a_monitor_inherited_from_a_dead_process_makes_its_vm_silent(rig: Rig) -> None:
+    path = rig.directory / "heir.qmp"
+    heir = rig.background(HEIR, str(path), UUID)
+    async with watching(rig.directory) as host:
+        look = await host.look()
+        assert UUID in {vm_uuid for vm_uuid, _ in look.silent}
+        assert any(str(path) in conflict and "does not exist" in conflict for conflict in look.conflicts)
+    assert heir.poll() == 0  # the process that called listen() has ended before
 
 
 @pytest.mark.parametrize("script", ["mute-after-greeting", "garbage", "flood"])

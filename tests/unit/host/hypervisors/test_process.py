@@ -259,6 +259,11 @@ def test_another_boot_of_the_kernel_is_a_proof_of_its_own(proc: Proc) -> None:
     assert proc.table().absence(before) is EndProof.OTHER_BOOT
 
 
+def test_a_record_without_a_pid_proves_nothing(proc: Proc) -> None:
+    with pytest.raises(HypervisorError, match="no process"):
+        proc.table().absence(ProcessIdentity(0, 100, QEMU, UUID, BOOT))
+
+
 def test_a_refused_pidfd_proves_nothing(proc: Proc) -> None:
     proc.on_pidfd_open[10] = OSError(errno.EMFILE, "Too many open files")
     with pytest.raises(HypervisorError):
