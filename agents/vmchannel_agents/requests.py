@@ -141,7 +141,7 @@ def outlets_of(targets: tuple[FenceTarget, ...], separator: str) -> Outlets:
     outlets: Outlets = {}
     for target in targets:
         names = [name for name in (target.plug, *target.aliases) if _fits(name, separator)]
-        state = {PowerState.ON: "on", PowerState.OFF: "off"}.get(target.state)
+        state = {PowerState.ON: "ON", PowerState.OFF: "OFF"}.get(target.state)
         for name in dict.fromkeys(names):
             other = next((one for one in names if one != name), "")
             outlets[name] = (outlets[name][0], None) if name in outlets else (other, state)

@@ -51,6 +51,9 @@ log.addHandler(logging.NullHandler())
 _FIRST_PAUSE_S: Final = 0.1
 _LAST_PAUSE_S: Final = 1.0
 _CANCEL_S: Final = 0.2
+_TOO_SHORT_S: Final = 0.5
+"""An attempt that began so late fails for want of time; what was wrong before is the reason."""
+
 _MAX_WITHIN_MS: Final = 3_600_000
 
 PATIENCE_S: Final = 10.0
@@ -154,10 +157,6 @@ class _Asking:
     trouble: str = ""
 
 
-class _OutOfTime(DeadlineExceeded):
-    """The deadline is too near to ask again; what went wrong before is the reason."""
-
-
 class _AskAgain(ChannelError):
     """The host cannot take this request as it is, or not now; the same id may be asked again."""
 
@@ -245,10 +244,11 @@ class FencingClient:
         )
         pause_s = _FIRST_PAUSE_S
         while True:
+            late = asking.answer_by - self._clock() < _TOO_SHORT_S
             try:
                 return self._ask_once(asking)
             except (ChannelError, OSError) as error:
-                self._note(asking, error)
+                self._note(asking, error, late=late)
             left = asking.deadline - self._clock()
             if left <= 0:
                 raise self._over(asking)
@@ -303,7 +303,7 @@ class FencingClient:
 
     def _within_ms(self, asking: _Asking, current: _Line) -> int:
         if self._clock() >= asking.answer_by:
-            raise _OutOfTime("no time was left to ask")
+            raise DeadlineExceeded("no time was left to ask")
         return max(1, min(_MAX_WITHIN_MS, int((asking.answer_by - current.accepted_at) * 1000)))
 
     def _await_answer(self, asking: _Asking, current: _Line) -> FenceAnswer:
@@ -337,10 +337,10 @@ class FencingClient:
 
     # --- failures ---
 
-    def _note(self, asking: _Asking, error: ChannelError | OSError) -> None:
+    def _note(self, asking: _Asking, error: ChannelError | OSError, *, late: bool) -> None:
         """Remember why an attempt failed; raise if another one would fail as well."""
         self.close()
-        if not asking.trouble or not isinstance(error, _OutOfTime):
+        if not asking.trouble or not late:
             asking.trouble = str(error) or type(error).__name__
         log.info("%s %r: %s", asking.action.name.lower(), asking.plug, asking.trouble)
         if isinstance(error, ServiceRefused) and error.code is CloseCode.NOT_PERMITTED:

@@ -115,18 +115,18 @@ def target(name: str, *aliases: str, state: PowerState = PowerState.ON) -> Fence
 
 def test_a_vm_is_listed_under_its_name_and_under_each_alias() -> None:
     assert outlets_of((target("vm2", "node2", "old2"),), ",") == {
-        "vm2": ("node2", "on"),
-        "node2": ("vm2", "on"),
-        "old2": ("vm2", "on"),
+        "vm2": ("node2", "ON"),
+        "node2": ("vm2", "ON"),
+        "old2": ("vm2", "ON"),
     }
 
 
 def test_a_vm_without_an_alias_has_one_line() -> None:
-    assert outlets_of((target("vm2", state=PowerState.OFF),), ",") == {"vm2": ("", "off")}
+    assert outlets_of((target("vm2", state=PowerState.OFF),), ",") == {"vm2": ("", "OFF")}
 
 
 def test_an_alias_that_is_the_name_itself_gives_no_second_line() -> None:
-    assert outlets_of((target("vm2", "vm2"),), ",") == {"vm2": ("", "on")}
+    assert outlets_of((target("vm2", "vm2"),), ",") == {"vm2": ("", "ON")}
 
 
 def test_an_unknown_state_is_unknown_and_not_off() -> None:
@@ -136,19 +136,19 @@ def test_an_unknown_state_is_unknown_and_not_off() -> None:
 def test_a_name_of_two_vms_has_an_unknown_state() -> None:
     outlets = outlets_of((target("node1", "node2"), target("vm1", "node1", state=PowerState.OFF)), ",")
     assert outlets["node1"] == ("node2", None)
-    assert outlets["vm1"] == ("node1", "off")
+    assert outlets["vm1"] == ("node1", "OFF")
 
 
 @pytest.mark.parametrize("name", ["a,b", "two\nlines", "", "\x1b[2J", "vm\u2028x"])
 def test_a_name_that_would_break_the_list_is_left_out_with_a_warning(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert outlets_of((target(name, "node2"),), ",") == {"node2": ("", "on")}
+    assert outlets_of((target(name, "node2"),), ",") == {"node2": ("", "ON")}
     assert "left out" in caplog.text
 
 
 def test_another_separator_makes_room_for_commas() -> None:
-    assert outlets_of((target("a,b"),), ";") == {"a,b": ("", "on")}
+    assert outlets_of((target("a,b"),), ";") == {"a,b": ("", "ON")}
 
 
 def test_a_reason_is_one_line_with_operation_and_host() -> None:
