@@ -170,8 +170,26 @@ class FrameDecoder:
             buffer += source[used:] if used else source
         return items
 
-    def _parse(self, source: bytes | bytearray, items: list[Frame | Damage]) -> int:
-        """Append what `source` holds to `items`; returns how many bytes are done with."""
+    @property
+    def pending(self) -> bool:
+        """Whether the beginning of a frame waits for the rest."""
+        return bool(self._buffer)
+
+    def abandon(self) -> list[Frame | Damage]:
+        """Wait no longer for the rest of a frame; return what stands behind its beginning.
+
+        The writer of a half frame may be dead. Its successor's frames, which the half one would swallow as
+        payload until it is complete, are found. (So are frames that a message holds; their epoch is wrong.)
+        """
+        items: list[Frame | Damage] = []
+        del self._buffer[: self._parse(self._buffer, items, wait=False)]
+        return items
+
+    def _parse(self, source: bytes | bytearray, items: list[Frame | Damage], *, wait: bool = True) -> int:
+        """Append what `source` holds to `items`; returns how many bytes are done with.
+
+        Without `wait` a header whose payload is not all there is taken for damage.
+        """
         at = 0
         with memoryview(source) as view:
             while True:
@@ -183,14 +201,14 @@ class FrameDecoder:
                     self._need = HEADER_BYTES
                     return at
                 length = self._check_header(view, at)
-                if length < 0:  # not a header: go on behind its first byte
+                end = at + HEADER_BYTES + length
+                if length < 0 or (end > len(source) and not wait):  # go on behind its first byte
                     _add_damage(items, 1)
                     at += 1
                     if self.hopeless:
                         _add_damage(items, len(source) - at)
                         return len(source)
                     continue
-                end = at + HEADER_BYTES + length
                 if end > len(source):
                     self._need = end - at
                     return at

@@ -123,7 +123,17 @@ class Session:
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
         """Take received bytes."""
-        for item in self._decoder.feed(data) if self.state not in _DEAF else ():
+        if self.state in _DEAF:
+            return
+        items = self._decoder.feed(data)
+        if not self._decoder.pending:
+            self._timers.partial_at = None
+        elif items or self._timers.partial_at is None:
+            self._timers.partial_at = now + self._timers.PARTIAL_S
+        self._take(items, now)
+
+    def _take(self, items: list[Frame | Damage], now: float) -> None:
+        for item in items:
             if self.state in _DEAF:
                 return
             if isinstance(item, Damage):
@@ -159,6 +169,9 @@ class Session:
     def handle_time(self, now: float) -> None:
         """Do what is due."""
         timers = self._timers
+        if timers.due(timers.partial_at, now):
+            timers.partial_at = None
+            self._take(self._decoder.abandon(), now)
         if timers.due(timers.silent_at, now):
             timers.heard(now)
             self._tell_unlinked("silent")

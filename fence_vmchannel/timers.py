@@ -20,6 +20,8 @@ class Timers:
     """A peer that has sent nothing for so long (three heartbeats) cannot be reached."""
     PROBE_S: Final = 1.0
     """After so long without an acknowledgement an ACK says what was sent, so that a lost tail shows."""
+    PARTIAL_S: Final = 1.0
+    """The rest of a frame is awaited so long: its writer may have died in the middle of it."""
     STALL_S: Final = 5.0
     """After so long without an acknowledgement the greeting begins anew; doubled each time, at most
     MAX_STALL_S."""
@@ -30,6 +32,7 @@ class Timers:
         self.ack_at: float | None = None
         self.heartbeat_at: float | None = None
         self.silent_at: float | None = None
+        self.partial_at: float | None = None
         self.probe_at: float | None = None
         self.stall_at: float | None = None
         self._stall_s = self.STALL_S
@@ -42,7 +45,15 @@ class Timers:
     def next(self) -> float | None:
         """The earliest timer."""
         first = self.silent_at
-        for at in (self.greet_at, self.ack_at, self.heartbeat_at, self.probe_at, self.stall_at):
+        others = (
+            self.greet_at,
+            self.ack_at,
+            self.heartbeat_at,
+            self.partial_at,
+            self.probe_at,
+            self.stall_at,
+        )
+        for at in others:
             if at is not None and (first is None or at < first):
                 first = at
         return first
@@ -92,7 +103,7 @@ class Timers:
     def stop(self) -> None:
         """The link is over: nothing is timed."""
         self.closed()
-        self.silent_at = None
+        self.silent_at = self.partial_at = None
 
 
 class GreetingPace:

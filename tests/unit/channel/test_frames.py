@@ -208,6 +208,28 @@ def test_false_headers_between_good_frames_do_not_add_up() -> None:
     assert not decoder.hopeless
 
 
+@given(ENCODED, ENCODED, st.data())
+def test_a_half_frame_that_is_abandoned_gives_back_what_came_behind_it(
+    dead: bytes, alive: bytes, data: st.DataObject
+) -> None:
+    decoder = FrameDecoder()
+    half = dead[: data.draw(st.integers(0, len(dead) - 1))]
+    frames = list(frames_only(decoder.feed(half + alive))) + list(frames_only(decoder.abandon()))
+    whole = list(frames_only(FrameDecoder().feed(alive)))
+    assert frames in (whole, [])  # none: the half frame was completed with its bytes, and was wrong
+    if len(half) + len(alive) < len(dead):
+        assert frames == whole
+    assert len(decoder._buffer) < HEADER_BYTES  # pyright: ignore[reportPrivateUsage]
+
+
+def test_half_frames_in_a_row_are_abandoned_at_once() -> None:
+    decoder = FrameDecoder()
+    assert decoder.feed(forged_header(60_000) * 50) == []
+    assert decoder.pending
+    assert decoder.abandon() == [Damage(50 * HEADER_BYTES)]
+    assert not decoder.pending
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_any_bytes_like_object_is_taken(kind: type) -> None:
     assert len(FrameDecoder().feed(kind(encode_frame(5)))) == 1

@@ -117,6 +117,47 @@ def test_megabytes_of_a_dead_client_before_the_hello_are_discarded() -> None:
     assert [type(event) for event in peer.connection.events()] == [Opened]
 
 
+def half_frame(epoch: int) -> bytes:
+    """What a process leaves in the pipe that dies in the middle of a write."""
+    return encode_frame(FrameType.DATA, bytes(32_768), channel=1, sequence=1, epoch=epoch)[:10_000]
+
+
+def test_a_half_frame_of_a_dead_guest_does_not_swallow_the_next_ones_greeting() -> None:
+    """The host's socket stays connected while guest processes come and go."""
+    peer = RawPeer(Role.HOST)
+    peer.greet()
+    peer.receive()
+    peer.send_raw(half_frame(peer.epoch))
+    peer.send(FrameType.KNOCK, epoch=0)
+    assert peer.connection.opened
+    deadline = peer.connection.next_deadline()
+    assert deadline is not None
+    peer.wait(deadline - peer.now)
+    assert peer.types() == [FrameType.CHALLENGE]
+
+
+def test_a_half_frame_of_a_dead_host_does_not_swallow_the_next_ones_greeting() -> None:
+    peer = RawPeer(Role.GUEST)
+    peer.greet()
+    peer.send_raw(half_frame(peer.epoch))
+    peer.send_challenge(99)
+    peer.wait(1.1)
+    assert peer.types() == [FrameType.HELLO]
+
+
+def test_a_frame_that_comes_in_pieces_is_awaited() -> None:
+    peer = RawPeer(Role.HOST)
+    peer.greet()
+    frame = encode_frame(
+        FrameType.OPEN, b"\x02" + bytes(8) + b"\0\1x", channel=1, sequence=1, epoch=peer.epoch
+    )
+    for byte in frame:
+        peer.send_raw(bytes((byte,)))
+        peer.wait(0.005)
+    assert peer.connection.opened
+    assert isinstance(peer.connection.events()[-1], ChannelOpened)
+
+
 def test_frames_of_another_epoch_are_ignored_in_an_open_session() -> None:
     peer = RawPeer(Role.HOST)
     peer.greet()

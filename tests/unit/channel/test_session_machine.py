@@ -5,8 +5,9 @@ told."""
 from __future__ import annotations
 
 import copy
+import random
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -17,6 +18,7 @@ from tests.fakes.link import BAD, GOOD, Faults
 from tests.unit.channel.test_faulty_links import assert_all_arrived
 from tests.unit.channel.test_handover import hand_over
 
+LINKS = [GOOD, BAD, Faults(delay_s=2.0), Faults(drop=0.3), Faults(corrupt=0.3)]
 SIDES = st.sampled_from(["host", "guest"])
 
 
@@ -37,7 +39,7 @@ class TwoHubs(RuleBasedStateMachine):
     def begin(self, seed: int) -> None:
         self.talk = Conversation(seed=seed)
 
-    @rule(faults=st.sampled_from([GOOD, BAD, Faults(delay_s=2.0), Faults(drop=0.3), Faults(corrupt=0.3)]))
+    @rule(faults=st.sampled_from(LINKS))
     def connect(self, faults: Faults) -> None:
         self.talk.connect(faults)
 
@@ -89,6 +91,26 @@ class TwoHubs(RuleBasedStateMachine):
             self.talk.guest = Application("guest", self.talk.new_connection(Role.GUEST))
             self.snapshot = None
 
+    @precondition(lambda self: self.talk.link is not None)
+    @rule(name=SIDES, saved=st.booleans())
+    def replace_unseen(self, name: str, saved: bool) -> None:
+        """The process is replaced by another in the middle of a write, and the other side's link stays up."""
+        link = self.talk.link
+        assert link is not None
+        side = self.side(name)
+        (link.to_guest if name == "host" else link.to_host).cut()
+        side.connection.link_down(self.talk.now)
+        side.handle_events()
+        role = Role.HOST if name == "host" else Role.GUEST
+        if saved:
+            side.connection = self.talk.import_connection(role, side.connection.export_state())
+        elif name == "host":
+            self.talk.host = Application("host", self.talk.new_connection(role))
+        else:
+            self.talk.guest = Application("guest", self.talk.new_connection(role))
+            self.snapshot = None
+        self.side(name).connection.link_up(self.talk.now)
+
     @rule()
     def take_snapshot(self) -> None:
         self.snapshot = copy.deepcopy(self.talk.guest)
@@ -134,6 +156,57 @@ class TwoHubs(RuleBasedStateMachine):
         assert_all_arrived(self.talk)
         for side in self.talk.applications:
             assert side.connection.unsent_bytes == 0
+
+
+def act(hubs: TwoHubs, rng: random.Random) -> None:
+    """One thing happens."""
+    name, which, linked = rng.choice(["host", "guest"]), rng.randrange(10), hubs.talk.link is not None
+    weights = [6, 20, 8, 40, 3, 5, 2, 1, 2, 3, 1, 1]
+    match rng.choices(range(len(weights)), weights)[0]:
+        case 0:
+            hubs.connect(rng.choice(LINKS))
+        case 1:
+            hubs.wait(rng.choice([0.0, 0.01, 1.0, 7.0, 60.0]))
+        case 2:
+            hubs.open(name, rng.choice(list(Priority)))
+        case 3:
+            hubs.send(name, rng.choice([0, 50, 5_000, 60_000]), which)
+        case 4:
+            hubs.close(name, which)
+        case 5:
+            (hubs.stop_reading if which < 4 else hubs.go_on_reading)(name)
+        case 6:
+            hubs.hand_over(name)
+        case 7:
+            hubs.kill(name)
+        case 8 if linked:
+            hubs.cut()
+        case 9 if linked:
+            hubs.replace_unseen(name, which < 6)
+        case 10:
+            hubs.take_snapshot()
+        case 11 if hubs.snapshot is not None:
+            hubs.restore_snapshot()
+        case _:
+            pass
+
+
+def live(seed: int, steps: int) -> TwoHubs:
+    """A long life with everything in it, which the rules above alone seldom make."""
+    rng, hubs = random.Random(seed), TwoHubs()
+    hubs.talk = Conversation(seed=seed)
+    hubs.connect(GOOD)
+    for _ in range(steps):
+        act(hubs, rng)
+        hubs.what_is_told_makes_sense()
+        hubs.memory_is_bounded()
+    return hubs
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_long_life_ends_with_all_delivered_or_told(seed: int) -> None:
+    live(seed, 100).teardown()
 
 
 TwoHubs.TestCase.settings = settings(
