@@ -548,7 +548,6 @@ class Session:
         self._greeting_due = False
         self._ack_due = False
         self._timers.closed()
-        self.outbox.rewind()
 
     def _tell_unlinked(self, reason: str) -> None:
         if self._told_open:

@@ -53,7 +53,7 @@ def assert_all_arrived(talk: Conversation) -> None:
                 assert other.got == stream.sent, f"{target}: {other.got} of {stream.sent} arrived"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(faults=FAULTS, seed=st.integers(0, 2**32))
 def test_no_fault_of_a_link_loses_or_doubles_a_message_or_resets_a_session(faults: Faults, seed: int) -> None:
     talk = Conversation(faults, seed)

@@ -52,7 +52,7 @@ def busy_state() -> tuple[Conversation, bytes]:
     return talk, host.export_state()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(faults=FAULTS, seed=st.integers(0, 2**32))
 def test_a_hand_over_at_any_moment_loses_and_doubles_nothing(faults: Faults, seed: int) -> None:
     talk = Conversation(faults, seed)

@@ -538,6 +538,20 @@ def test_numbers_that_cannot_be_reconciled_reset_the_session(change: dict[str, A
     assert [type(event) for event in peer.connection.events()] == [Reset, Opened]
 
 
+@pytest.mark.parametrize(("ack", "check"), [(1, 0), (0, 1)])
+def test_a_first_frame_that_does_not_acknowledge_what_hello_said_confirms_nothing(
+    ack: int, check: int
+) -> None:
+    peer = RawPeer(Role.HOST)
+    peer.connection.link_up(peer.now)
+    peer.epoch = peer.take_challenge()
+    peer.send_hello(peer.epoch)
+    peer.receive()
+    peer.send(FrameType.ACK, bytes(12), ack=ack, ack_check=check)
+    assert peer.connection.state is SessionState.CHALLENGING
+    assert peer.connection.events() == []
+
+
 @pytest.mark.parametrize("change", [{"session_id": b"not this session"}, {"received": 9}, {"sent_check": 9}])
 def test_a_guest_does_not_go_on_with_a_welcome_that_does_not_fit(change: dict[str, Any]) -> None:
     peer = RawPeer(Role.GUEST)
