@@ -120,6 +120,8 @@ class Daemon:
             clock=parts.clock,
         )
         self._coordinator: Coordinator | None = None
+        self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
+        self._registry.expect(self._settings.policy.named_uuids())
 
     def stop(self) -> None:
         """End `run` in order. Idempotent."""
@@ -134,6 +136,7 @@ class Daemon:
                 _log.warning("%s was changed; that takes a restart", key)
         config = replace(config, **{key: getattr(running, key) for key in FIXED})
         self._settings.take(config)
+        self._registry.expect(self._settings.policy.named_uuids())
         self._launcher.replace(_start_commands(config))
         if self._coordinator is not None:
             self._coordinator.set_settings(_fence_settings(config))
@@ -168,7 +171,7 @@ class Daemon:
 
     async def _run_with(self, journal: Journal) -> None:
         config, parts = self._settings.config, self._parts
-        registry = VmRegistry(config.host, standalone=config.cluster.standalone)
+        registry = self._registry
         instances = Instances(
             host=config.host,
             registry=registry,

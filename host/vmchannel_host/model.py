@@ -91,6 +91,10 @@ class Instance:
     ports: tuple[Port, ...] = ()
     resettable: bool = False  # no vfio or vhost-user device: `system_reset` may prove a reboot (S8)
     monitor: str = ""  # path of the QMP socket that answers; "" when none does
+    configured: bool = True
+    """Whether the configuration leads to it: one of its QMP sockets is ours. Another QEMU of this host
+    matters only as an instance of a VM that we know by its UUID (S0): it bears no name, so that nobody who
+    may run a process here can take a VM's name from it."""
 
     @property
     def vm_uuid(self) -> VmUuid:

@@ -139,8 +139,12 @@ class Policy:
 
     def names_uuid(self, vm: VmUuid) -> bool:
         """Whether a group or alias names this UUID: a VM never seen may then be proven off by looks (S1)."""
-        named = vm in self._by_member or any(as_vm_uuid(value) == vm for value in self._aliases.values())
-        return named and vm != NIL_UUID
+        return vm in self.named_uuids()
+
+    def named_uuids(self) -> frozenset[VmUuid]:
+        """All VMs that a group or alias names by UUID."""
+        words = (*self._by_member, *self._aliases.values())
+        return frozenset(uuid for uuid in map(as_vm_uuid, words) if uuid) - {NIL_UUID}
 
     def evidence_rule(self, vm: VmUuid, vms: VmDirectory) -> EvidenceRule:
         """The strictest rule of all groups that hold the VM (S3)."""

@@ -80,10 +80,15 @@ class VmRegistry:
         self._vms: dict[VmUuid, VmHistory] = {}
         self._directory: VmDirectory | None = None
         self._look_conflicts: tuple[Conflict, ...] = ()
+        self._expected: frozenset[VmUuid] = frozenset()
 
     def set_standalone(self, standalone: bool) -> None:
         """Whether no other host could run these VMs: then an end that nobody watched is no departure (S1)."""
         self._standalone = standalone
+
+    def expect(self, vms: Iterable[VmUuid]) -> None:
+        """The VMs that the policy names by UUID: a QEMU that no configured socket leads to may be one."""
+        self._expected = frozenset(vms)
 
     # --- what happens
 
@@ -192,6 +197,9 @@ class VmRegistry:
     # --- helpers
 
     def _seen(self, host: HostName, instance: Instance) -> tuple[RegistryRecord, ...]:
+        vm = instance.vm_uuid
+        if not instance.configured and vm not in self._vms and vm not in self._expected:
+            return ()  # somebody else's VM
         history = self._history(instance.vm_uuid)
         names = history.names()
         changed = history.see(host, instance)

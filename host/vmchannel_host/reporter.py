@@ -72,7 +72,7 @@ class Reporter:
                 self._tell("vm.ended", f"{end.identity}: {end.proof.value}, {end.cause.value}", vm)
             case _:
                 assert_never(event)
-        self._ports.update(vm, self._registry.instances(vm))
+        self._ports.update(vm, [one for one in self._registry.instances(vm) if one.configured])
 
     def on_guest(self, requester: Requester) -> None:
         """A guest opened the fence service; another kernel boot ends its earlier requests (S6)."""
@@ -110,4 +110,6 @@ class Reporter:
                 assert_never(event)
 
     def _tell(self, kind: str, text: str, vm: VmUuid) -> None:
+        if not self._registry.knows(vm):
+            return  # somebody else's VM
         self._feed.publish(AdminEvent(self._wall_clock(), kind, text, vm, self._registry.name(vm)))

@@ -248,18 +248,19 @@ class View:
         return tuple(sorted({*pinned, *([announced] if announced else [])}))
 
     def _port(self, port: VmPort, peer: PeerStatus | None) -> PortView:
+        connected = peer is not None and peer.connected
         return PortView(
             vm_uuid=port.vm_uuid,
             vm_name=port.name,
             name=port.port.name,
             path=port.port.chardev_path,
-            guest_open=port.port.guest_open,
-            connected=peer is not None and peer.connected,
-            session=peer.session if peer is not None and peer.connected else "",
+            guest_open=port.port.guest_open or connected,  # who greets has it open; the monitor may be slow
+            connected=connected,
+            session=peer.session if peer is not None and connected else "",
             channels=peer.channels if peer is not None else 0,
             received_bytes=peer.received_bytes if peer is not None else 0,
             sent_bytes=peer.sent_bytes if peer is not None else 0,
-            problem=peer.detail if peer is not None and not peer.connected else "",
+            problem=peer.detail if peer is not None and not connected else "",
         )
 
     async def _doubt(self, vm: VmUuid, name: str, action: FenceAction) -> str:

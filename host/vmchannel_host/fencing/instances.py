@@ -83,6 +83,8 @@ class Instances:
     async def run(self) -> None:
         """Follow the hypervisor's events until cancelled; after `restore`, while `Hypervisor.run` runs."""
         async for event in self._hypervisor.events():
+            if isinstance(event, Ended) and not self.registry.knows(event.evidence.identity.vm_uuid):
+                continue  # a QEMU that never concerned us (`Instance.configured`)
             self._keep(self.registry.apply(event))
             for listener in self._listeners:
                 listener(event)

@@ -18,6 +18,9 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}
 _PASSTHROUGH = ("vfio", "vhost-user", "vhost-vdpa")
 """Devices whose state `system_reset` does not prove reset (S8)."""
 
+_SOCKET = re.compile(r"(?:^|[,:])(?:unix:|path=)((?:[^,]|,,)+)")
+"""`-qmp unix:PATH,server=on` and `-chardev socket,path=PATH`; a comma in a path is doubled."""
+
 _NETWORK_STORAGE = re.compile(
     r"(?:^|[=,:\"'])(?:rbd|nbd|nbd\+unix|nbd\+tcp|iscsi|iser|https?|ftps?|gluster(?:\+\w+)?|ssh|sftp|nfs|sheepdog"
     r"|nvme|vitastor|blkio)(?::|\")"
@@ -37,6 +40,7 @@ class CommandLine:
     no_guest: bool = False  # `-machine none`: no CPU, so no VM (libvirt probes capabilities like this)
     passthrough: bool = False  # names a vfio, vhost-user or vdpa device
     network_storage: bool = False  # names storage that is reached over a network or another process
+    sockets: tuple[str, ...] = ()  # paths of unix sockets, of monitors and others; relative ones as written
 
     @property
     def vm_uuid(self) -> VmUuid | None:
@@ -63,6 +67,9 @@ def parse_command_line(raw: bytes) -> CommandLine:
         no_guest=any(re.match(r"(type=)?none(,|$)", value) for value in machines),
         passthrough=any(word in text for word in _PASSTHROUGH),
         network_storage=any(_NETWORK_STORAGE.search(argument) for argument in arguments[1:]),
+        sockets=tuple(
+            path.replace(",,", ",") for argument in arguments[1:] for path in _SOCKET.findall(argument)
+        ),
     )
 
 

@@ -32,8 +32,9 @@ MAX_REMEMBERED = 4096
 class Watched:
     """One live instance: its process, and what its monitor last said."""
 
-    def __init__(self, process: VerifiedProcess) -> None:
+    def __init__(self, process: VerifiedProcess, *, configured: bool = True) -> None:
         self.process = process
+        self.configured = configured  # see `Instance.configured`
         self.monitor: Monitor | None = None
         self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
         self.mute = False
@@ -59,12 +60,13 @@ class Watched:
         answering = self.monitor is not None and not self.mute and facts is not None
         return Instance(
             identity=self.identity,
-            name=(facts.name if facts else "") or self.process.command.name,
+            name=self._name(),
             run_state=facts.run_state if facts and answering else RunState.UNKNOWN,
             migration=self.last_migration if answering else Migration.UNKNOWN,
             ports=facts.ports if facts else (),
             resettable=bool(facts and answering and facts.resettable and not self._reset_is_no_proof()),
             monitor=self.monitor.path if self.monitor and answering else "",
+            configured=self.configured,
         )
 
     def learn(self, facts: MonitorFacts, *, asked_at: int) -> None:
@@ -96,6 +98,11 @@ class Watched:
             self.shutdown_seen = True
         elif event in ("RESET", "RESUME"):
             self.shutdown_seen = False  # -no-shutdown: it had stayed
+
+    def _name(self) -> str:
+        if not self.configured:
+            return ""
+        return (self.facts.name if self.facts else "") or self.process.command.name
 
     def _reset_is_no_proof(self) -> bool:
         command = self.process.command
@@ -159,14 +166,15 @@ class InstanceTable:
     def get(self, key: ProcessKey) -> Watched | None:
         return self._watched.get(key)
 
-    def adopt(self, process: VerifiedProcess) -> Watched:
+    def adopt(self, process: VerifiedProcess, *, configured: bool = True) -> Watched:
         """Watch a process from now on, or close it when it is watched already. Returns its entry."""
         present = self._watched.get(process.key)
         if present is not None:
             if present.process is not process:
                 process.close()
+            present.configured = present.configured or configured
             return present
-        watched = Watched(process)
+        watched = Watched(process, configured=configured)
         self._watched[process.key] = watched
         self.changed(watched)
         return watched

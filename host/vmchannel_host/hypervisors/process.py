@@ -52,11 +52,22 @@ class Unidentified(HypervisorError):
 
     Attributes:
         vm_uuids: VMs it may be an instance of, as far as its command line tells.
+        pid: of the process; 0 when it is of no use.
+        sockets: unix sockets on its command line; None when that cannot be read.
     """
 
-    def __init__(self, reason: str, vm_uuids: tuple[VmUuid, ...] = ()) -> None:
+    def __init__(
+        self,
+        reason: str,
+        vm_uuids: tuple[VmUuid, ...] = (),
+        *,
+        pid: int = 0,
+        sockets: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.vm_uuids = vm_uuids
+        self.pid = pid
+        self.sockets = sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,8 +394,10 @@ def _without_identity(pid: int, executable: str, command: CommandLine) -> Hyperv
         return NotAVm(f"pid {pid} is a QEMU without a machine")
     what = f"pid {pid} ({executable}, name {command.name[:100]!r})"
     if len(command.uuids) > 1:
-        return Unidentified(f"{what} has several -uuid: {', '.join(command.uuids)}", command.uuids)
-    return Unidentified(f"{what} has no -uuid, or a nil one: it cannot be told apart from others (S9)")
+        reason = f"{what} has several -uuid: {', '.join(command.uuids)}"
+        return Unidentified(reason, command.uuids, pid=pid, sockets=command.sockets)
+    reason = f"{what} has no -uuid, or a nil one: it cannot be told apart from others (S9)"
+    return Unidentified(reason, pid=pid, sockets=command.sockets)
 
 
 def _exit_status_of_pidfd(pidfd: int) -> int | None:

@@ -8,6 +8,7 @@ be ended. The monitors only add what a process does not show: run state, migrati
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import glob
 import logging
 import os
@@ -128,7 +129,7 @@ class QmpHypervisor:
             for watched in live
             if watched.process.key in scan.lost
         )
-        conflicts = [f"{problem}" for problem in scan.problems]
+        conflicts = [f"{problem}" for problem in scan.problems if self._concerns_us(problem)]
         for conflict in self._monitor_conflicts():
             conflicts.append(f"{conflict}")
             silent.extend((vm_uuid, f"{conflict}") for vm_uuid in conflict.vm_uuids)
@@ -221,9 +222,10 @@ class QmpHypervisor:
             self._host, identity, proof, EndCause.NONE, IoState.UNPROVEN, departed=False, elapsed_ms=0
         )
 
-    def _adopt(self, process: VerifiedProcess) -> Watched:
+    def _adopt(self, process: VerifiedProcess, *, configured: bool = True) -> Watched:
+        """`configured`: a configured socket led to it."""
         new = self._table.get(process.key) is None
-        watched = self._table.adopt(process)
+        watched = self._table.adopt(process, configured=configured)
         if new:
             self._watch_end(watched)
         return watched
@@ -278,9 +280,23 @@ class QmpHypervisor:
             "scan /proc", lambda: self._processes.scan(known), timeout_s=timeout_s, discard=Scan.close
         )
         for process in scan.new:
-            self._adopt(process)
-        self._report_problems(scan.problems)
+            self._adopt(
+                process, configured=self._is_configured(process.identity.pid, process.command.sockets)
+            )
+        self._report_problems([problem for problem in scan.problems if self._concerns_us(problem)])
         return scan
+
+    def _concerns_us(self, problem: Unidentified) -> bool:
+        """Anybody on this host may run a QEMU without identity; only one behind our sockets is a doubt."""
+        return problem.sockets is None or self._is_configured(problem.pid, problem.sockets)
+
+    def _is_configured(self, pid: int, sockets: tuple[str, ...]) -> bool:
+        """Whether a socket on a command line is one that the configuration names, there or removed since."""
+        if not sockets:
+            return False
+        directory = "" if all(map(os.path.isabs, sockets)) else working_directory(self._processes.proc, pid)
+        paths = [os.path.normpath(os.path.join(directory, path)) for path in sockets]
+        return any(_matches_glob(path, pattern) for path in paths for pattern in self._settings.sockets)
 
     def _report_problems(self, problems: list[Unidentified]) -> None:
         """One line for each new problem, not one for each scan."""
@@ -354,3 +370,9 @@ class QmpHypervisor:
             directory=lambda pid: working_directory(self._processes.proc, pid),
             timings=self._settings.timings,
         )
+
+
+def _matches_glob(path: str, pattern: str) -> bool:
+    """As `glob` would match an existing file: a wildcard stands for no slash."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))

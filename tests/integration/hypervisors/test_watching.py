@@ -56,8 +56,20 @@ async def test_a_qemu_without_any_monitor_of_ours_is_an_instance_of_unknown_stat
         (instance,) = of(await host.look(), qemu)
         assert instance.run_state is RunState.UNKNOWN
         assert instance.migration is Migration.UNKNOWN
-        assert instance.name == "lonely"
+        assert instance.name == ""  # whoever may run a process here must not take a VM's name
+        assert not instance.configured
         assert not instance.resettable
+
+
+async def test_a_qemu_whose_command_line_names_our_socket_is_ours_though_the_socket_is_gone(rig: Rig) -> None:
+    qemu = rig.qemu(name="vm1")
+    async with watching(rig.directory) as host:
+        await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
+    for path in rig.directory.glob("*.qmp"):
+        path.unlink()
+    async with watching(rig.directory) as host:
+        (instance,) = of(await host.look(), qemu)
+        assert (instance.run_state, instance.name, instance.configured) == (RunState.UNKNOWN, "vm1", True)
 
 
 async def test_a_look_needs_no_running_watcher(rig: Rig) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.unit.host.registry_builders import (
@@ -21,7 +23,7 @@ from tests.unit.host.registry_builders import (
     vanished,
 )
 from vmchannel_host.conflicts import ConflictKind
-from vmchannel_host.hypervisors import Ended
+from vmchannel_host.hypervisors import Ended, Seen
 from vmchannel_host.instance_state import (
     TRANSITIONS,
     ImpossibleTransition,
@@ -541,3 +543,20 @@ def test_a_look_of_another_host_is_kept_under_its_name(registry: VmRegistry) -> 
     seen_there = look(instance())
     registry.apply_look(type(seen_there)(other, 5.0, seen_there.instances))
     assert registry.unproven(VM1)[0].host == other
+
+
+def test_a_qemu_that_no_configured_socket_leads_to_is_nobodys_vm(registry: VmRegistry) -> None:
+    foreign = replace(instance(name=""), configured=False)
+    assert registry.apply(Seen(foreign)) == ()
+    assert registry.vms() == frozenset()
+
+
+def test_a_qemu_that_no_configured_socket_leads_to_is_an_instance_of_a_vm_that_is_expected_or_known(
+    registry: VmRegistry,
+) -> None:
+    registry.expect([VM1])
+    registry.apply(Seen(replace(instance(100, VM1, name=""), configured=False)))
+    registry.apply(seen(200, VM2))
+    registry.apply(Seen(replace(instance(201, VM2, name=""), configured=False)))
+    assert [one.identity for one in registry.unproven(VM1)] == [process(100, VM1)]
+    assert [one.identity for one in registry.unproven(VM2)] == [process(200, VM2), process(201, VM2)]
