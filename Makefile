@@ -24,7 +24,7 @@ check: deps ## format, lint, types (mypy and pyright, strict), import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python  # so that it sees the system packages too
 	$(BIN)/lint-imports
 
 format: deps ## write what `check` wants of the format

@@ -66,14 +66,19 @@ class PastOperations(Protocol):
 
     async def verify(self) -> VerifyResult: ...
 
+    @property
+    def last_seq(self) -> int: ...
+
+    @property
+    def problem(self) -> str: ...
+
 
 @dataclass(slots=True)
 class Health:
-    """What the daemon knows of its own state; `problems` are what stops fencing now."""
+    """What the daemon knows of its own state."""
 
-    state: str = "starting"
-    journal: str = "ok"
-    journal_seq: int = 0
+    state: str = "starting"  # "ready", "stopping"
+    journal: str = "ok"  # or what the last check found
 
 
 class View:
@@ -124,8 +129,8 @@ class View:
             ports=len(ports),
             ports_connected=sum(port.connected for port in ports),
             operations_running=len(self._operations.running()),
-            journal=self._health.journal,
-            journal_seq=self._health.journal_seq,
+            journal=self._journal_state(),
+            journal_seq=self._journal.last_seq,
             problems=self._problems(),
         )
 
@@ -214,7 +219,7 @@ class View:
     async def fence(self, order: FenceOrder, progress: Callable[[FenceProgress], None]) -> FenceAnswer:
         """Carry out an operator's order."""
         request = self._operator.operator_request(order.request_id, order.action, order.vm, order.timeout_s)
-        return await self._operator.answer(request, Requester(None, "operator"), progress)
+        return await self._operator.answer(request, Requester(None, order.operator), progress)
 
     def events(self) -> AsyncIterator[AdminEvent]:
         """What happens from now on."""
@@ -223,6 +228,9 @@ class View:
     async def verify_journal(self) -> VerifyResult:
         """Walk the whole chain."""
         return await self._journal.verify()
+
+    def _journal_state(self) -> str:
+        return self._journal.problem or self._health.journal
 
     def _power(self, vm: VmUuid) -> str:
         if self._registry.instances(vm):
@@ -286,8 +294,8 @@ class View:
 
     def _problems(self) -> tuple[str, ...]:
         problems: list[str] = []
-        if self._health.journal != "ok":
-            problems.append(f"journal: {self._health.journal}")
+        if self._journal_state() != "ok":
+            problems.append(f"journal: {self._journal_state()}")
         if self._policy().allows_nobody:
             problems.append(
                 "the policy allows nobody to fence: add a group to policy.d (man vmchannel-host.yaml)"
