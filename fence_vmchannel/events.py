@@ -79,8 +79,8 @@ class Reset:
 
     reason: str
     lost: Mapping[int, int] = field(default_factory=dict[int, int])
-    """Each channel of the session, with the cost units sent on it that its consumer did not confirm. Also those
-    that we have closed, as long as the peer's hub has not acknowledged the CLOSE."""
+    """Each channel of the session, with the cost units sent on it that its consumer did not confirm. Also
+    those that we have closed, as long as the peer's hub has not acknowledged the CLOSE."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -664,6 +664,22 @@ def test_each_transition_of_a_channel_happens(
     assert state_of(peer, number) is to
 
 
+def test_nothing_of_the_old_session_is_said_in_the_new_one() -> None:
+    """A refusal, a credit or a close of an old channel would name one that the new session never had."""
+    peer = RawPeer(Role.HOST, Limits(channels=2))
+    peer.greet()
+    for number in (1, 3, 5):
+        peer.send(FrameType.OPEN, opened_by_peer(), channel=number)
+        if number < 5:
+            peer.connection.accept(number)
+    peer.send(FrameType.DATA, bytes(100), channel=1)
+    peer.connection.grant(1, 164, WINDOW)
+    peer.connection.close(3)
+    reset_session(peer)
+    assert peer.connection.opened
+    assert [FrameType(frame.type) for frame in peer.receive() if frame.sequence] == []
+
+
 def test_every_state_and_input_of_a_channel_is_in_the_table() -> None:
     assert {state for state, _ in CHANNEL_TRANSITIONS} | set(CHANNEL_TRANSITIONS.values()) == set(
         ChannelState
