@@ -210,8 +210,22 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
         "migrates-when-told-to-quit": lambda vm_uuid: truthful(vm_uuid) | {"quit": _migrate_away},
         "garbage": lambda vm_uuid: truthful(vm_uuid) | {"query-status": answer(["running"])},
         "flood": lambda vm_uuid: truthful(vm_uuid) | {"query-migrate": _flood},
+        "opens-and-closes-its-port-in-silence": lambda vm_uuid: (
+            truthful(vm_uuid) | {"query-chardev": _open_for_a_while()}
+        ),
     }
 )
+
+
+def _open_for_a_while() -> Reply:
+    """The guest opens its port, then closes it, and no event tells: as of a port whose device has no id."""
+    states = iter([False, False, True, True])
+
+    async def reply(session: Session, identifier: object) -> None:
+        chardev = {"label": "org.vmchannel.0", "filename": "unix:/nowhere,server=on"}
+        session.say({"return": [chardev | {"frontend-open": next(states, False)}], "id": identifier})
+
+    return reply
 
 
 async def _migrate_away(session: Session, identifier: object) -> None:

@@ -21,6 +21,7 @@ from vmchannel_host.hypervisors.qmp_monitor import (
     MonitorClosed,
     MonitorMute,
     NobodyListens,
+    read_chardevs,
     read_facts,
     read_run_state,
     read_uuid,
@@ -44,6 +45,7 @@ class Timings:
     connect_s: float = 2.0  # to the end of QMP's greeting
     command_s: float = 2.0
     poll_s: float = 60.0  # everything is asked anew, though no event came (hot-plug of a port has none)
+    port_poll_s: float = 1.0  # of ports without an id: QEMU sends no VSERPORT_CHANGE of them
     migration_poll_s: float = 1.0  # while QEMU refuses to send MIGRATION events
     first_retry_s: float = 0.1
     last_retry_s: float = 5.0
@@ -187,8 +189,10 @@ class SocketFollower:
         monitor.on_event(self._on_event)
         async with asyncio.TaskGroup() as tasks:
             asking = tasks.create_task(self._ask_forever(monitor, watched), name=f"ask {self.path}")
+            polling = tasks.create_task(self._poll_ports(monitor, watched), name=f"ports {self.path}")
             await monitor.wait_closed()
             asking.cancel()
+            polling.cancel()
 
     async def _ask_forever(self, monitor: Monitor, watched: Watched) -> None:
         while True:
@@ -237,6 +241,23 @@ class SocketFollower:
                 await news.wait()
         except TimeoutError:
             self._ports_dirty = not polling
+
+    async def _poll_ports(self, monitor: Monitor, watched: Watched) -> None:
+        """See what QEMU sends no events of: a guest that opens or closes a port without an id."""
+        while True:
+            await asyncio.sleep(self._timings.port_poll_s)
+            facts = watched.facts
+            if facts is None or not facts.silent or watched.mute:
+                continue
+            directory = self._directory(watched.identity.pid)
+            try:
+                now = await read_chardevs(monitor, directory=directory, timeout_s=self._timings.command_s)
+            except HypervisorError:
+                self._dirty.set()  # the follower's own loop finds out what is wrong
+                continue
+            if facts.silent != frozenset(now.values()):
+                self._ports_dirty = True
+                self._dirty.set()
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         if self._watched is not None:

@@ -22,6 +22,9 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClie
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.qmp_state import (
     MAX_PORTS,
+    NAMED,
+    UNNAMED,
+    Chardev,
     Device,
     MonitorFacts,
     make_port,
@@ -214,10 +217,15 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     """Ask for everything. `timeout_s` holds for each command."""
     name = parse_name(await monitor.execute("query-name", timeout_s=timeout_s))
     devices = await _devices(monitor, timeout_s)
-    ports = await _ports(monitor, devices, directory, timeout_s)
+    ports, silent = await _ports(monitor, devices, directory, timeout_s)
     resettable = await _is_resettable(monitor, devices, timeout_s)
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    return MonitorFacts(name, run_state, migration, ports, resettable)
+    return MonitorFacts(name, run_state, migration, ports, resettable, silent)
+
+
+async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:
+    """Ask for the chardevs that listen on unix sockets, by label: whether the guest has their ports open."""
+    return parse_chardevs(await monitor.execute("query-chardev", timeout_s=timeout_s), directory)
 
 
 async def read_resettable(monitor: Monitor, *, timeout_s: float) -> bool:
@@ -232,7 +240,7 @@ async def _is_resettable(monitor: Monitor, devices: tuple[Device, ...], timeout_
 
 async def _devices(monitor: Monitor, timeout_s: float) -> tuple[Device, ...]:
     found: tuple[Device, ...] = ()
-    for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+    for parent in (NAMED, UNNAMED):
         found += parse_devices(
             parent, await monitor.execute("qom-list", {"path": parent}, timeout_s=timeout_s)
         )
@@ -250,11 +258,12 @@ async def _network(monitor: Monitor, timeout_s: float) -> object:
 
 async def _ports(
     monitor: Monitor, devices: tuple[Device, ...], directory: str, timeout_s: float
-) -> tuple[Port, ...]:
+) -> tuple[tuple[Port, ...], frozenset[Chardev]]:
     serial = [device for device in devices if device.is_serial_port][:MAX_PORTS]
     if not serial:
-        return ()
-    chardevs = parse_chardevs(await monitor.execute("query-chardev", timeout_s=timeout_s), directory)
+        return (), frozenset()
+    chardevs = await read_chardevs(monitor, directory=directory, timeout_s=timeout_s)
+    silent = not all(device.has_id for device in serial)
     ports: list[Port] = []
     for device in serial:
         try:
@@ -265,7 +274,7 @@ async def _ports(
         port = make_port(name, label, chardevs)
         if port is not None:
             ports.append(port)
-    return tuple(ports)
+    return tuple(ports), frozenset(chardevs.values() if silent else ())
 
 
 async def _property(monitor: Monitor, device: Device, name: str, timeout_s: float) -> object:

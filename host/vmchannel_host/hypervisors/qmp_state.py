@@ -17,6 +17,12 @@ from vmchannel_host.model import Migration, Port, PortName, RunState, VmUuid
 _NOT_MIGRATING = frozenset({"none", "failed", "cancelled"})
 _PASSTHROUGH_TYPES = ("vfio-", "x-vfio-", "vhost-user-", "vhost-vdpa-")
 _SERIAL_PORT_TYPE = "child<virtserialport>"
+NAMED = "/machine/peripheral"
+"""Where devices with an id are."""
+
+UNNAMED = "/machine/peripheral-anon"
+"""Where devices without an id are."""
+
 MAX_PORTS = 256
 """Ports looked at per instance; eight full virtio-serial controllers. Further ones are ignored."""
 
@@ -34,6 +40,15 @@ class MonitorFacts:
     migration: Migration
     ports: tuple[Port, ...]
     resettable: bool
+    silent: frozenset[Chardev] = frozenset()  # to be polled: QEMU sends no events of a port without an id
+
+
+@dataclass(frozen=True, slots=True)
+class Chardev:
+    """A character device that listens on a unix socket."""
+
+    path: str
+    guest_open: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +63,14 @@ class Device:
         return self.type == _SERIAL_PORT_TYPE
 
     @property
+    def has_id(self) -> bool:
+        """Whether VSERPORT_CHANGE tells of it: QEMU keeps quiet of a port that it cannot name."""
+        return self.path.startswith(f"{NAMED}/")
+
+    @property
     def is_passthrough(self) -> bool:
         """Whether `system_reset` says nothing of its state (S8)."""
         return self.type.removeprefix("child<").startswith(_PASSTHROUGH_TYPES)
-
-
-@dataclass(frozen=True, slots=True)
-class Chardev:
-    """A character device that listens on a unix socket."""
-
-    path: str
-    guest_open: bool
 
 
 def parse_name(reply: object) -> str:

@@ -6,7 +6,17 @@ from __future__ import annotations
 import os
 import socket
 
-from tests.integration.hypervisors.qemu_rig import HeldMonitor, Rig, command, make_host, of, watching
+from tests.integration.hypervisors.qemu_rig import (
+    FAKE,
+    HeldMonitor,
+    Rig,
+    command,
+    make_host,
+    of,
+    watching,
+)
+from vmchannel_host.hypervisors.follower import Timings
+from vmchannel_host.hypervisors.process import EXECUTABLES
 from vmchannel_host.model import EndCause, EndProof, IoState, Migration, Port, PortName, RunState
 
 
@@ -29,6 +39,16 @@ async def test_a_running_qemu_is_found_with_its_name_uuid_process_and_ports(rig:
         assert instance.ports == (Port(PortName("org.vmchannel.0"), str(port), guest_open=False),)
         assert instance.resettable
         assert instance.monitor == str(qemu.socket)
+
+
+async def test_a_guest_that_opens_or_closes_a_port_without_an_id_is_noticed_though_qemu_is_silent(
+    rig: Rig,
+) -> None:
+    qemu = rig.scripted("opens-and-closes-its-port-in-silence")
+    only_ports = Timings(poll_s=600.0, port_poll_s=0.05)
+    async with watching(rig.directory, executables=(*EXECUTABLES, FAKE), timings=only_ports) as host:
+        await host.until(qemu, lambda i: any(port.guest_open for port in i.ports))
+        await host.until(qemu, lambda i: not any(port.guest_open for port in i.ports))
 
 
 async def test_a_look_right_after_the_start_of_the_daemon_finds_states_not_unknowns(rig: Rig) -> None:

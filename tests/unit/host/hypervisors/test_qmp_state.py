@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmchannel_host.hypervisors.qmp_state import (
     BadReply,
     Chardev,
+    Device,
     make_port,
     migration_after_event,
     network_has_passthrough,
@@ -123,6 +124,11 @@ def test_devices_tell_ports_and_passthrough() -> None:
         "child<vfio-pci>",
         "child<vhost-user-blk-pci>",
     ]
+
+
+def test_devices_tell_whether_events_can_name_them() -> None:
+    assert Device("/machine/peripheral/port0", "child<virtserialport>").has_id
+    assert not Device("/machine/peripheral-anon/device[3]", "child<virtserialport>").has_id
 
 
 def test_a_vhost_user_backend_is_seen_and_an_unknown_answer_counts_as_one() -> None:
