@@ -36,6 +36,9 @@ from vmchannel_host.model import (
 KEPT_ENDS = 8
 """Ended processes kept in memory for each VM: enough to know late reports of them. The journal keeps all."""
 
+FORK_TICKS = 200
+"""A QEMU with `-daemonize` forks itself within this time after its start; in clock ticks of 10 ms."""
+
 
 @dataclass(slots=True)
 class Process:
@@ -95,6 +98,9 @@ class VmHistory:
                 self._finish(process, row.end, ended)
                 process.superseded = max(ran, default=0) > ended
             self._processes[row.identity] = process
+        lived = [self._processes[row.identity] for row in rows if _ran(row)]
+        for process in self._gone():
+            process.superseded = process.superseded or any(_forked(process, one) for one in lived)
         self._forget_old()
 
     def see(self, host: HostName, instance: Instance) -> Process | None:
@@ -201,7 +207,7 @@ class VmHistory:
         second copy: it is no sign that the VM that left is here.
         """
         for process in self._gone():
-            if living.arrived or living.order > process.ended_order:
+            if living.arrived or living.order > process.ended_order or _forked(process, living):
                 process.superseded = True
 
     def _lives_on(self, ended: Process) -> bool:
@@ -209,7 +215,7 @@ class VmHistory:
         others = [one for one in self.unproven() if one.instance is not None and one.state in EXECUTING]
         if ended.ended_as is InstanceState.INCOMING:
             return bool(others)  # a migration that failed: its source lives
-        return any(one.arrived and one.order > ended.order for one in others)
+        return any((one.arrived and one.order > ended.order) or _forked(ended, one) for one in others)
 
     def _gone(self) -> Iterable[Process]:
         return (process for process in self._processes.values() if process.state is InstanceState.GONE)
@@ -236,3 +242,17 @@ class VmHistory:
 def _ran(row: KnownInstance) -> bool:
     """Whether the VM was seen to live in a process that is known from the records."""
     return row.migration in (Migration.NONE, Migration.OUTGOING)
+
+
+def _forked(gone: Process, living: Process) -> bool:
+    """Whether `gone` only forked `living`, in which the VM was seen to live, and waited until that had begun.
+
+    So a QEMU with `-daemonize` comes to be: two processes for a moment, of which the first never has an image
+    open. Anybody else's end, ours or one in a migration, is never explained away by this.
+    """
+    end, first, second = gone.evidence, gone.identity, living.identity
+    if end is None or end.departed or end.cause is not EndCause.NONE or gone.host != living.host:
+        return False
+    silent = gone.ended_as is InstanceState.UNWATCHED  # its monitor never answered
+    together = first.boot_id == second.boot_id and 0 <= second.start_time - first.start_time <= FORK_TICKS
+    return silent and together and first != second

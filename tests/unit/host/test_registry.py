@@ -34,7 +34,16 @@ from vmchannel_host.instance_state import (
     observe,
     to_migration,
 )
-from vmchannel_host.model import NIL_UUID, EndProof, HostName, InstanceEnded, IoState, Migration, RunState
+from vmchannel_host.model import (
+    NIL_UUID,
+    EndCause,
+    EndProof,
+    HostName,
+    InstanceEnded,
+    IoState,
+    Migration,
+    RunState,
+)
 from vmchannel_host.registry import RememberEnd, RememberInstance, VmRegistry
 from vmchannel_host.vm_history import KEPT_ENDS
 
@@ -298,6 +307,50 @@ def test_a_process_that_does_not_run_the_vm_ends_no_departure(
     registry.apply(ended())
     registry.apply(seen(101, run_state=run_state))
     assert registry.departed(VM1) is not None
+
+
+def test_the_end_of_the_process_that_forked_a_daemonized_qemu_is_history(registry: VmRegistry) -> None:
+    by_itself = Ended(end(100, cause=EndCause.NONE, io=IoState.UNPROVEN))
+    registry.apply(mute(100))
+    registry.apply(mute(101))
+    registry.apply(seen(101))
+    registry.apply(by_itself)
+    assert registry.ended(VM1) == ()
+    other = VmRegistry(HOST, standalone=True)
+    other.apply(mute(100))
+    other.apply(mute(101))
+    other.apply(by_itself)
+    assert other.ended(VM1) != ()  # until the VM is seen to live in the second
+    other.apply(seen(101))
+    assert other.ended(VM1) == ()
+
+
+def test_it_is_history_after_a_restart_too(registry: VmRegistry) -> None:
+    forked = end(100, cause=EndCause.NONE, io=IoState.UNPROVEN)
+    left = known(100, migration=Migration.UNKNOWN, first_seen=1000.0, ended_at=1000.2, proof=forked)
+    registry.restore([left, known(101, first_seen=1000.1)])
+    assert registry.ended(VM1) == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "proof"),
+    [
+        (seen(100), seen(101), end(100, cause=EndCause.NONE, io=IoState.UNPROVEN)),
+        (mute(100), mute(101), end(100, cause=EndCause.NONE, io=IoState.UNPROVEN)),
+        (mute(100), seen(101), end(100, cause=EndCause.KILL, io=IoState.UNPROVEN)),
+        (mute(100), seen(101), end(100, cause=EndCause.NONE, io=IoState.UNPROVEN, departed=True)),
+        (mute(100), seen(121), end(100, cause=EndCause.NONE, io=IoState.UNPROVEN)),
+        (mute(101), seen(100), end(101, cause=EndCause.NONE, io=IoState.UNPROVEN)),
+    ],
+    ids=["it ran the VM", "neither runs it", "killed by us", "in a migration", "long before", "after it"],
+)
+def test_the_end_of_a_process_that_may_have_run_the_vm_stands(
+    registry: VmRegistry, first: Seen, second: Seen, proof: InstanceEnded
+) -> None:
+    registry.apply(first)
+    registry.apply(second)
+    registry.apply(Ended(proof))
+    assert registry.ended(VM1) == (proof,)
 
 
 def test_a_second_copy_that_was_there_before_ends_no_departure(registry: VmRegistry) -> None:
