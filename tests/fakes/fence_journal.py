@@ -6,11 +6,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from vmchannel_host.journal_types import (
-    Json,
+from vmchannel_host.journal.types import (
     JournalBusy,
     JournalFull,
     JournalMisuse,
+    Json,
     KnownInstance,
     OperationRows,
     Record,

@@ -47,6 +47,7 @@ class FakeHypervisor:
         self.boot_s = 0.5  # from start to running
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
+        self._acts_begun: dict[str, asyncio.Event] = {}
 
     # what a test does to it
 
@@ -91,6 +92,18 @@ class FakeHypervisor:
             return EndProof.OTHER_BOOT
         return None if identity in self.instances else EndProof.ABSENT
 
+    def note(self, act: str) -> None:
+        """Something is being done: its name, a blank, to what."""
+        self.acts.append(act)
+        self._begun(act.split()[0]).set()
+
+    async def begun(self, act: str) -> None:
+        """Wait until it was first told to do that ("off", "reset", "start", "look")."""
+        await self._begun(act).wait()
+
+    def _begun(self, act: str) -> asyncio.Event:
+        return self._acts_begun.setdefault(act, asyncio.Event())
+
     def count(self, act: str) -> int:
         """How often something was done."""
         return sum(one.split()[0] == act for one in self.acts)
@@ -106,6 +119,7 @@ class FakeHypervisor:
 
     async def look(self, *, timeout_s: float) -> Look:
         self.looks += 1
+        self._begun("look").set()
         at = self.clock()
         await asyncio.sleep(self.delay_s)
         return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts)
@@ -113,7 +127,7 @@ class FakeHypervisor:
     async def off(
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
-        self.acts.append(f"off {identity.pid}")
+        self.note(f"off {identity.pid}")
         await asyncio.sleep(self.delay_s)
         return self.end(identity)
 
@@ -132,7 +146,7 @@ class FakeHypervisor:
         return end
 
     async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
-        self.acts.append(f"reset {identity.pid}")
+        self.note(f"reset {identity.pid}")
         await asyncio.sleep(self.delay_s)
         instance = self.instances.get(identity)
         if instance is None or instance.run_state is not RunState.RUNNING:
@@ -143,7 +157,7 @@ class FakeHypervisor:
         return vm in self.startable
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
-        self.acts.append(f"start {name}")
+        self.note(f"start {name}")
         if vm not in self.startable:
             raise CannotStart("no start command is configured")
         await asyncio.sleep(self.delay_s)
@@ -167,7 +181,7 @@ class HungHypervisor(FakeHypervisor):
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
         if not self.hung or identity.vm_uuid in self.hung:
-            self.acts.append(f"off {identity.pid}")
+            self.note(f"off {identity.pid}")
             await asyncio.Event().wait()
         return await super().off(identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s)
 
@@ -180,7 +194,7 @@ class LateHypervisor(FakeHypervisor):
     async def off(
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
-        self.acts.append(f"off {identity.pid}")
+        self.note(f"off {identity.pid}")
         await asyncio.sleep(self.late_s)
         return self.end(identity)
 
@@ -191,7 +205,7 @@ class FailingHypervisor(FakeHypervisor):
     async def off(
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
-        self.acts.append(f"off {identity.pid}")
+        self.note(f"off {identity.pid}")
         raise NotProven("the process does not end")
 
 
@@ -201,7 +215,7 @@ class LyingHypervisor(FakeHypervisor):
     async def off(
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
-        self.acts.append(f"off {identity.pid}")
+        self.note(f"off {identity.pid}")
         return InstanceEnded(
             HOST, identity, EndProof.PIDFD, EndCause.QUIT, IoState.DRAINED, departed=False, elapsed_ms=1
         )
@@ -213,7 +227,7 @@ class MixedUpHypervisor(FakeHypervisor):
     async def off(
         self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
     ) -> InstanceEnded:
-        self.acts.append(f"off {identity.pid}")
+        self.note(f"off {identity.pid}")
         other = replace(identity, pid=identity.pid + 1)
         return InstanceEnded(
             HOST, other, EndProof.PIDFD, EndCause.QUIT, IoState.DRAINED, departed=False, elapsed_ms=1
@@ -225,6 +239,7 @@ class ForgetfulHypervisor(FakeHypervisor):
 
     async def look(self, *, timeout_s: float) -> Look:
         self.looks += 1
+        self._begun("look").set()
         return Look(HOST, self.clock() - 1.0, (), ())
 
 
@@ -265,7 +280,7 @@ class UnresettableHypervisor(FakeHypervisor):
     """`system_reset` brings no RESET event."""
 
     async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
-        self.acts.append(f"reset {identity.pid}")
+        self.note(f"reset {identity.pid}")
         await asyncio.sleep(timeout_s)
         raise HypervisorError("no RESET event")
 
@@ -284,7 +299,7 @@ class SlowStartHypervisor(FakeHypervisor):
     start_s = 3.0
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
-        self.acts.append(f"start {name}")
+        self.note(f"start {name}")
         await asyncio.sleep(self.start_s)
         self.add(vm, name)
 
@@ -293,12 +308,12 @@ class BarrenHypervisor(FakeHypervisor):
     """The start command says that it worked, and nothing comes of it."""
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
-        self.acts.append(f"start {name}")
+        self.note(f"start {name}")
 
 
 class BreakingStartHypervisor(FakeHypervisor):
     """The start command fails."""
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
-        self.acts.append(f"start {name}")
+        self.note(f"start {name}")
         raise CannotStart("exit status 1: no such disk")

@@ -20,7 +20,7 @@ from vmchannel_host.fencing.ordered import (
     ResetReport,
     StartReport,
 )
-from vmchannel_host.journal_types import Json
+from vmchannel_host.journal.types import Json
 from vmchannel_host.model import BootId, HostName, InstanceEnded, OperationId, ProcessIdentity, VmUuid
 
 INTENT = "fence.intent"

@@ -20,7 +20,7 @@ from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Proc
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import BootId, OperationId, VmUuid
 
 RESUME_LIMIT: Final = 1000

@@ -264,6 +264,7 @@ def _objection_doubt(claim: Claim) -> Doubt | None:
 
 
 def _ends(claim: Claim) -> tuple[InstanceEnded, ...]:
-    recorded = {end.identity: end for report in claim.reports for end in report.ends}
-    merged = {end.identity: merge(recorded.get(end.identity), end) for end in claim.ended}
+    recorded = {Process(end.host, end.identity): end for report in claim.reports for end in report.ends}
+    proven = {Process(end.host, end.identity): end for end in claim.ended}
+    merged = {process: merge(recorded.get(process), end) for process, end in proven.items()}
     return tuple((recorded | merged).values())

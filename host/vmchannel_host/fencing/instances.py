@@ -17,7 +17,7 @@ from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.ordered import LookReport
 from vmchannel_host.fencing.records import InstanceStore
 from vmchannel_host.hypervisors import Ended, Hypervisor, HypervisorError, HypervisorEvent
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -29,7 +29,7 @@ from vmchannel_host.model import (
     ProcessIdentity,
     VmUuid,
 )
-from vmchannel_host.registry import RegistryRecord, RememberEnd, RememberInstance, VmRegistry
+from vmchannel_host.registry.registry import RegistryRecord, RememberEnd, RememberInstance, VmRegistry
 
 MAX_UNSAVED: Final = 4096
 """Records that may wait for a journal that fails. Beyond it every look fails until a restart."""

@@ -45,7 +45,7 @@ from vmchannel_host.fencing.ordered import (
     StartReport,
 )
 from vmchannel_host.fencing.states import FINAL, TRANSITIONS, OperationState, Step
-from vmchannel_host.model import HostName, Instance, InstanceEnded, OperationId, ProcessIdentity, RunState
+from vmchannel_host.model import HostName, Instance, InstanceEnded, OperationId, RunState
 
 MAX_FINDS: Final = 12
 """How often a look may find an instance again before the operation gives up; 6 s with the waits between."""
@@ -80,7 +80,7 @@ class Operation:
         self._phase = intent.resumed or Phase.BEGUN
         self._owed: set[Process] = set(intent.named)  # processes whose end is not proven
         self._attempts: set[Process] = set()  # being destroyed now
-        self._ended: dict[ProcessIdentity, InstanceEnded] = {}
+        self._ended: dict[Process, InstanceEnded] = {}
         self._starts: set[OperationId] = set(start_pending)
         self._old = {process.identity for process in intent.named}  # not what a start brought
         self._reset: Process | None = None
@@ -156,7 +156,7 @@ class Operation:
             case Delivered(outcome):
                 return self._foreign_outcome(outcome)
             case _ if now >= self.conclude_by:
-                return self._time_over()  # what comes too late is not acted on (S6)
+                return self._time_over(now)  # what comes too late is not acted on (S6)
             case _:
                 return self._active(event, now)
 
@@ -279,6 +279,8 @@ class Operation:
 
     def _process_ended(self, end: InstanceEnded) -> tuple[Command, ...]:
         process = Process(end.host, end.identity)
+        if process in self._ended and process not in self._owed:
+            self._prove(process, end)  # a second proof may know of a departure
         if process not in self._owed or end.identity.vm_uuid != self.intent.vm:
             return ()
         self._prove(process, end)
@@ -337,7 +339,7 @@ class Operation:
             )
         if len(able) > 1:
             return self._not_started(f"several hosts could start it: {', '.join(able)}", PowerState.OFF)
-        self._old |= self._ended.keys()
+        self._old |= {process.identity for process in self._ended}
         self._go(Step.START)
         return (
             *self._enter(Phase.STARTING),
@@ -429,7 +431,7 @@ class Operation:
                 process = Process(report.look.host, end.identity)
                 if process in shown:
                     continue  # the look contradicts the record
-                if process in self._owed or end.identity in self._ended:
+                if process in self._owed or process in self._ended:
                     self._prove(process, end)
         return len(self._owed) < owed
 
@@ -460,8 +462,8 @@ class Operation:
 
     # the end
 
-    def _time_over(self) -> tuple[Command, ...]:
-        if self._state is OperationState.STARTING:
+    def _time_over(self, now: float) -> tuple[Command, ...]:
+        if self._state is OperationState.STARTING and now < self.intent.end:
             reason = "no new instance was seen running in time"
             return self._not_started(self._unsettled or reason, PowerState.UNKNOWN)
         owed = f"; not proven to have ended: {_list(self._owed)}" if self._owed else ""
@@ -540,15 +542,15 @@ class Operation:
         )
 
     def _prove(self, process: Process, end: InstanceEnded) -> None:
-        first = process.identity not in self._ended
-        self._ended[process.identity] = evidence.merge(self._ended.get(process.identity), end)
+        first = process not in self._ended
+        self._ended[process] = evidence.merge(self._ended.get(process), end)
         self._owed.discard(process)
         if first:
             self._lines.append(evidence.end_line(end))
 
     def _note_looks(self) -> None:
         for report in self._reports.values():
-            ends = [end for end in report.ends if end.identity not in self._ended]
+            ends = [end for end in report.ends if Process(end.host, end.identity) not in self._ended]
             self._lines += [evidence.end_line(end) for end in ends]
             self._lines.append(evidence.look_line(report, self.intent.vm))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from fence_vmchannel.messages import FenceAction, FenceCode, FenceTarget, PowerState
-from vmchannel_host.aliases import AliasTable
 from vmchannel_host.fencing import codec, evidence
 from vmchannel_host.fencing.evidence import Claim, Rules
 from vmchannel_host.fencing.instances import Instances
@@ -19,9 +18,10 @@ from vmchannel_host.fencing.ordered import LookReport, Outcome
 from vmchannel_host.fencing.records import OperationLog
 from vmchannel_host.fencing.run import MAX_LOOK_S, failed
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import Instance, Migration, OperationId, RunState, VmUuid
-from vmchannel_host.policy import Policy, Target
+from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.policy.policy import Policy, Target
 
 CHECKED_S: Final = 10.0
 """How long one proof that the journal can be written serves `monitor`, seconds: each writes a record."""

@@ -12,7 +12,7 @@ from fence_vmchannel.messages import FenceCode, FenceRequest
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.evidence import cut
 from vmchannel_host.fencing.records import OperationLog
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import OperationId, VmUuid
 
 BURST: Final = 10

@@ -49,7 +49,7 @@ from vmchannel_host.fencing.records import OperationLog
 from vmchannel_host.fencing.states import OperationState
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import OperationId
 
 Progress = Callable[[OperationId, str, int], None]

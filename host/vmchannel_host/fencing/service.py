@@ -28,7 +28,6 @@ from fence_vmchannel.messages import (
     decode_message,
     encode_message,
 )
-from vmchannel_host.aliases import AliasTable
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
@@ -39,9 +38,10 @@ from vmchannel_host.fencing.records import FenceJournal
 from vmchannel_host.fencing.refusals import RefusalLog
 from vmchannel_host.fencing.run import MAX_SLEEP_S
 from vmchannel_host.fencing.tasks import Tasks
-from vmchannel_host.journal_types import JournalError, StoredRequest
+from vmchannel_host.journal.types import JournalError, StoredRequest
 from vmchannel_host.model import BootId, HostName, OperationId, ProcessIdentity, VmUuid
-from vmchannel_host.policy import Policy, Refused, Resolved
+from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.policy.policy import Policy, Refused, Resolved
 
 ProgressSink = Callable[[FenceProgress], None]
 """Takes progress for the asker. Must not block or raise; what it cannot take it drops."""

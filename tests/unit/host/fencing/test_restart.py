@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon is killed in the middle of operations and comes back: nothing is done twice, nothing is forgotten."""
+"""The daemon is killed in the middle of operations and comes back: nothing is done twice or forgotten."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from tests.fakes.hypervisors import (
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, VM1, VM2, World, now, settled
 from vmchannel_host.fencing.service import Requester
-from vmchannel_host.model import BootId, OperationId, RunState
+from vmchannel_host.model import BootId, EndProof, OperationId, ProcessIdentity, RunState
 
 OTHER = Requester(VM2, "vm2", None, "guest-boot-2")
+
+
+class ForgettingHypervisor(FakeHypervisor):
+    """Its looks show no processes, though they exist."""
+
+    def absence(self, identity: ProcessIdentity) -> EndProof | None:
+        return None
 
 
 def stop_at(journal: FakeJournal, *kinds: str) -> asyncio.Event:
@@ -56,7 +63,7 @@ async def answer_after_restart(world: World, request: FenceRequest) -> tuple[Wor
     return again, answer
 
 
-def unfinished(journal: FakeJournal) -> set[str]:
+def unfinished(journal: FakeJournal) -> set[OperationId]:
     begun = {one.operation for one in journal.records if one.kind == "fence.intent"}
     return begun - {one.operation for one in journal.records if one.kind == "fence.outcome"}
 
@@ -145,8 +152,7 @@ async def test_s5_a_reset_is_never_sent_a_second_time_by_a_restart() -> None:
     request = world.request(FenceAction.REBOOT)
     async with world.running():
         asking = asyncio.create_task(world.service.answer(request, ASKER))
-        while not hypervisor.count("reset"):
-            await asyncio.sleep(0.01)
+        await hypervisor.begun("reset")
         asking.cancel()
     _, answer = await answer_after_restart(world, request)
     assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
@@ -164,8 +170,7 @@ async def test_a_reboot_that_was_cut_off_while_destroying_is_finished_with_a_sta
     request = world.request(FenceAction.REBOOT)
     async with world.running():
         asking = asyncio.create_task(world.service.answer(request, ASKER))
-        while not hypervisor.count("off"):
-            await asyncio.sleep(0.01)
+        await hypervisor.begun("off")
         asking.cancel()
     _, answer = await answer_after_restart(world, request)
     assert (answer.ok, answer.state) == (True, PowerState.ON)
@@ -182,8 +187,7 @@ async def test_s12_an_on_that_was_cut_off_after_its_start_is_finished_and_starts
         await world.vm_off()
         request = world.request(FenceAction.ON)
         asking = asyncio.create_task(world.service.answer(request, ASKER))
-        while not hypervisor.count("start"):
-            await asyncio.sleep(0.01)
+        await hypervisor.begun("start")
         await asyncio.sleep(1)
         asking.cancel()
     _, answer = await answer_after_restart(world, request)
@@ -216,8 +220,7 @@ async def test_s12_off_takes_over_a_resumed_reboot_too() -> None:
     request = world.request(FenceAction.REBOOT)
     async with world.running():
         asking = asyncio.create_task(world.service.answer(request, ASKER))
-        while not hypervisor.count("start"):
-            await asyncio.sleep(0.01)
+        await hypervisor.begun("start")
         asking.cancel()
     async with World(hypervisor, world.journal).running() as again:
         assert (await again.ask(FenceAction.OFF)).ok
@@ -244,8 +247,7 @@ async def test_s1_a_process_recorded_before_the_restart_stays_an_instance_until_
     identity = world.vm()
     async with world.running():
         await settled()
-    hypervisor = FakeHypervisor(now)  # it has forgotten, and its looks do not show the process
-    hypervisor.absence = lambda _: None  # type: ignore[method-assign]  # which exists
+    hypervisor = ForgettingHypervisor(now)
     async with World(hypervisor, world.journal).running() as again:
         answer = await again.ask(FenceAction.STATUS)
         assert (answer.ok, answer.state) == (False, PowerState.UNKNOWN)
@@ -277,7 +279,7 @@ async def test_already_off_after_a_boot_of_the_host() -> None:
         known.identity.pid, known.identity.start_time, known.identity.executable, VM2, BootId("boot-0")
     )
     world.journal.known = {old: type(known)(known.host, old, "vm2", known.migration, 0.0, None, None)}
-    assert BOOT != old.boot_id
+    assert old.boot_id != BOOT
     async with World(FakeHypervisor(now), world.journal).running() as again:
         answer = await again.ask(FenceAction.OFF)
         assert (answer.ok, answer.code) == (True, FenceCode.ALREADY)

@@ -22,7 +22,7 @@ from tests.fakes.hypervisors import (
 )
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import OPERATOR, STRANGER, VM2, VM3, World, now, settled
-from vmchannel_host.config_model import Group
+from vmchannel_host.config.model import Group
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.model import NIL_UUID, EndCause, IoState, Migration, RunState
 
@@ -103,8 +103,7 @@ async def test_s2_an_instance_that_the_registry_did_not_know_is_found_by_the_loo
         identity = world.vm()
         await settled()
         asking = asyncio.create_task(world.ask(FenceAction.OFF))
-        while not world.hypervisor.count("off"):
-            await asyncio.sleep(0.001)
+        await world.hypervisor.begun("off")
         late = world.vm()  # while the first is being destroyed
         answer = await asking
         assert_off(answer)

@@ -255,8 +255,7 @@ async def test_a_process_that_exits_instead_of_resetting_is_ended_with_proof_and
         identity = world.vm()
         await settled()
         asking = asyncio.create_task(world.ask(FenceAction.REBOOT))
-        while not world.hypervisor.count("reset"):
-            await asyncio.sleep(0.001)
+        await world.hypervisor.begun("reset")
         world.hypervisor.vanish(identity, watched=True)
         assert_on(await asking)
         assert world.hypervisor.count("start") == 1

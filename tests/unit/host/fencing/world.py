@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceProgress, FenceRequest
 from tests.fakes.fence_journal import FakeJournal
 from tests.fakes.hypervisors import BOOT, HOST, FakeHypervisor
-from vmchannel_host.aliases import AliasTable
 from vmchannel_host.bus.local import LocalBus
-from vmchannel_host.config_model import Group
+from vmchannel_host.config.model import Group
 from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
@@ -22,8 +21,9 @@ from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService, Requester
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.model import BootId, ProcessIdentity, VmUuid
-from vmchannel_host.policy import Policy
-from vmchannel_host.registry import VmRegistry
+from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.policy.policy import Policy
+from vmchannel_host.registry.registry import VmRegistry
 
 VM1 = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
 VM2 = VmUuid("0b2c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d22")
@@ -92,7 +92,7 @@ class World:
         )
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[World]:
+    async def running(self) -> AsyncGenerator[World]:
         """The daemon runs inside; leaving kills it, as SIGKILL would."""
         await self.instances.restore()
         tasks = [
