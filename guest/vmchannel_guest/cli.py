@@ -85,13 +85,11 @@ def run(
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    common.add_argument(
-        "--socket", default=argparse.SUPPRESS, metavar="PATH", help=f"of the hub (default: {GUEST_SOCKET})"
-    )
+    common = _common(argparse.SUPPRESS, argparse.SUPPRESS)  # given before the command, they stay
     parser = argparse.ArgumentParser(
-        prog="vmchannel", description="Channels of this guest to its host.", parents=[common]
+        prog="vmchannel",
+        description="Channels of this guest to its host.",
+        parents=[_common(GUEST_SOCKET, False)],
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -104,8 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     fence.add_argument(
         "--timeout", type=_seconds, default=40.0, metavar="SECONDS", help="default: %(default)s"
     )
-    parser.set_defaults(json=False, socket=GUEST_SOCKET)
     return parser
+
+
+def _common(socket: str, as_json: object) -> argparse.ArgumentParser:
+    """Options that may stand before the command or after it, with their defaults."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", default=as_json, help="print JSON")
+    common.add_argument(
+        "--socket", default=socket, metavar="PATH", help=f"of the hub (default: {GUEST_SOCKET})"
+    )
+    return common
 
 
 def _seconds(text: str) -> float:
