@@ -209,7 +209,7 @@ def test_a_long_life_ends_with_all_delivered_or_told(seed: int) -> None:
     live(seed, 100).teardown()
 
 
-TwoHubs.TestCase.settings = settings(
+TwoHubs.TestCase.settings = settings(  # pyright: ignore[reportUnknownMemberType] (hypothesis makes it)
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-TestTwoHubs = TwoHubs.TestCase
+TestTwoHubs = TwoHubs.TestCase  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
