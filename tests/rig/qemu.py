@@ -33,6 +33,7 @@ class VmSpec:
     uuid: str = field(default_factory=new_uuid)
     image: Image | None = None  # None: no guest; the machine only
     ports: tuple[str, ...] = (PORT,)
+    port_ids: bool = True  # as libvirt gives them; without, QEMU sends no VSERPORT_CHANGE
     machine: str = "q35"  # "none" starts fastest; it has no bus, so no ports
     accel: str = "tcg"
     memory_mib: int = 320
@@ -114,7 +115,8 @@ def _ports(spec: VmSpec) -> list[str]:
     for number, port in enumerate(spec.ports):
         path = _quoted(str(spec.port_socket(port)))
         options += ["-chardev", f"socket,id=port{number},path={path},server=on,wait=off"]
-        options += ["-device", f"virtserialport,bus=vserial.0,chardev=port{number},name={_quoted(port)}"]
+        device = f"virtserialport,bus=vserial.0,chardev=port{number},name={_quoted(port)}"
+        options += ["-device", f"{device},id=vport{number}" if spec.port_ids else device]
     return options
 
 
