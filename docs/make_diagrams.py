@@ -28,8 +28,8 @@ from fence_vmchannel.greeting import EndCode
 from fence_vmchannel.session_state import SESSION_TRANSITIONS, SessionState
 from vmchannel_host.fencing.states import TRANSITIONS as OPERATION_TRANSITIONS
 from vmchannel_host.fencing.states import OperationState
-from vmchannel_host.instance_state import TRANSITIONS as INSTANCE_TRANSITIONS
-from vmchannel_host.instance_state import InstanceState
+from vmchannel_host.registry.instance_state import TRANSITIONS as INSTANCE_TRANSITIONS
+from vmchannel_host.registry.instance_state import InstanceState
 
 DOCS = Path(__file__).parent
 _State = TypeVar("_State", bound=Enum)
