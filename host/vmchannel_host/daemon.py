@@ -18,13 +18,13 @@ from fence_vmchannel.errors import LinkError
 from fence_vmchannel.events import Limits, PeerIdentity
 from fence_vmchannel.hub import Hub, boot_clock
 from fence_vmchannel.messages import FENCE_SERVICE
-from vmchannel_host.admin import AdminServer
-from vmchannel_host.admin_metrics import Metrics
-from vmchannel_host.admin_socket import AdminSocketError
-from vmchannel_host.aliases import AliasTable
+from vmchannel_host.admin.daemon_view import Health, View
+from vmchannel_host.admin.feed import Feed
+from vmchannel_host.admin.listener import AdminSocketError
+from vmchannel_host.admin.metrics import Metrics
+from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
-from vmchannel_host.config_model import AfterKill, HostConfig
-from vmchannel_host.feed import Feed
+from vmchannel_host.config.model import AfterKill, HostConfig
 from vmchannel_host.fence_channel import FenceChannels, Metered
 from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
@@ -38,13 +38,13 @@ from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
-from vmchannel_host.journal import Journal
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.journal.journal import Journal
+from vmchannel_host.journal.types import JournalError
 from vmchannel_host.notify import Notifier
-from vmchannel_host.policy import Policy
-from vmchannel_host.registry import VmRegistry
+from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.policy.policy import Policy
+from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.reporter import Reporter
-from vmchannel_host.view import Health, View
 from vmchannel_host.vm_ports import VmPorts
 
 FIRST_LOOK_S: Final = 10.0

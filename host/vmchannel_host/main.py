@@ -15,7 +15,7 @@ from typing import Final, TextIO
 
 import fence_vmchannel
 from vmchannel_host import logs
-from vmchannel_host.config import ConfigError, HostConfig, check_config, load_config
+from vmchannel_host.config.loading import ConfigError, HostConfig, check_config, load_config
 from vmchannel_host.daemon import Daemon, StartError, build
 from vmchannel_host.notify import Notifier
 

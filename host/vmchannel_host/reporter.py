@@ -20,12 +20,12 @@ from fence_vmchannel.hub_events import (
     Synced,
 )
 from fence_vmchannel.hub_watch import Watch
-from vmchannel_host.admin_view import AdminEvent
-from vmchannel_host.feed import Feed
+from vmchannel_host.admin.feed import Feed
+from vmchannel_host.admin.view import AdminEvent
 from vmchannel_host.fencing.service import Requester
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
 from vmchannel_host.model import ProcessIdentity, RunState, VmUuid
-from vmchannel_host.registry import VmRegistry
+from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.vm_ports import VmPorts
 
 

@@ -17,7 +17,7 @@ from tests.rig.kernel import RigError
 
 MODULES = {
     "vmchanneld": "vmchannel_host.main",
-    "vmchannelctl": "vmchannel_host.cli",
+    "vmchannelctl": "vmchannel_host.cli.main",
     "vmchannel-guestd": "vmchannel_guest.main",
     "vmchannel": "vmchannel_guest.cli",
     "fence_vmchannel": "vmchannel_agents.fence_agent",

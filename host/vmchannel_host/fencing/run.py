@@ -385,7 +385,7 @@ class Run:
                 await asyncio.sleep(min(MAX_SLEEP_S, left))
             else:
                 self.apply(TimePassed())
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
 
 
 def failed(operation: OperationId, code: FenceCode, reason: str, evidence: tuple[str, ...] = ()) -> Outcome:

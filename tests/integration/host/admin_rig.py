@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, FenceProgress, PowerState
-from vmchannel_host.admin import AdminLimits, AdminServer
-from vmchannel_host.admin_metrics import Metrics
-from vmchannel_host.admin_view import (
+from vmchannel_host.admin.metrics import Metrics
+from vmchannel_host.admin.server import AdminLimits, AdminServer
+from vmchannel_host.admin.view import (
     AdminEvent,
     CanView,
     DaemonStatus,
@@ -25,7 +25,7 @@ from vmchannel_host.admin_view import (
     PortView,
     VmView,
 )
-from vmchannel_host.journal_types import VerifyResult
+from vmchannel_host.journal.types import VerifyResult
 
 UUID1 = "aaaaaaaa-0000-4000-8000-000000000001"
 UUID2 = "aaaaaaaa-0000-4000-8000-000000000002"

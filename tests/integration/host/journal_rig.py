@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmchannel_host.journal import Journal
-from vmchannel_host.journal_keys import public_key_path
-from vmchannel_host.journal_types import VerifyResult
-from vmchannel_host.journal_verify import verify_file
+from vmchannel_host.journal.journal import Journal
+from vmchannel_host.journal.keys import public_key_path
+from vmchannel_host.journal.types import VerifyResult
+from vmchannel_host.journal.verify import verify_file
 from vmchannel_host.model import (
     BootId,
     EndCause,

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from vmchannel_host.journal import Journal
+from vmchannel_host.journal.journal import Journal
 from vmchannel_host.model import BootId, OperationId
 
 

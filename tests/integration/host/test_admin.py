@@ -21,11 +21,11 @@ import pytest_asyncio
 
 from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.integration.host.admin_rig import DONE, OP, PORT1, VM1, AdminRig, failed, served
-from vmchannel_host.admin import AdminLimits
-from vmchannel_host.admin_json import REMEDIES
-from vmchannel_host.admin_socket import AdminSocketError
-from vmchannel_host.admin_view import AdminEvent
-from vmchannel_host.journal_types import JournalError
+from vmchannel_host.admin.json_text import REMEDIES
+from vmchannel_host.admin.listener import AdminSocketError
+from vmchannel_host.admin.server import AdminLimits
+from vmchannel_host.admin.view import AdminEvent
+from vmchannel_host.journal.types import JournalError
 
 STEPS = [
     {"at": 1_700_000_000.0, "text": "intent: off vm2"},

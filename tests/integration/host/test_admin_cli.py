@@ -34,11 +34,11 @@ from tests.integration.host.admin_rig import (
     served,
 )
 from tests.integration.host.journal_rig import JournalRig
-from vmchannel_host.admin_view import AdminEvent, CanView, Finding
-from vmchannel_host.cli import Console, run
-from vmchannel_host.cli_progress import ProgressLine
-from vmchannel_host.cli_table import display_width
-from vmchannel_host.journal_types import JournalError, VerifyResult
+from vmchannel_host.admin.view import AdminEvent, CanView, Finding
+from vmchannel_host.cli.main import Console, run
+from vmchannel_host.cli.progress import ProgressLine
+from vmchannel_host.cli.table import display_width
+from vmchannel_host.journal.types import JournalError, VerifyResult
 
 
 class Terminal(io.StringIO):
@@ -414,7 +414,7 @@ async def test_the_socket_may_be_named_before_or_behind_the_command(rig: AdminRi
 
 async def test_the_program_ends_as_its_commands_do_and_imports_little(rig: AdminRig) -> None:
     script = (
-        "import sys; from vmchannel_host.cli import main; code = main(sys.argv[1:])\n"
+        "import sys; from vmchannel_host.cli.main import main; code = main(sys.argv[1:])\n"
         "heavy = {'asyncio', 'aiohttp', 'cryptography', 'sqlite3', 'yaml'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
         "sys.exit(code)"
@@ -434,7 +434,7 @@ async def test_the_program_ends_as_its_commands_do_and_imports_little(rig: Admin
 
 async def test_a_reader_that_goes_is_no_traceback(rig: AdminRig) -> None:
     rig.view.operations = [OPERATION] * 1000
-    script = "import sys; from vmchannel_host.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from vmchannel_host.cli.main import main; sys.exit(main(sys.argv[1:]))"
     pipe = f'"{sys.executable}" -c "$@" | head -n 1'
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.environ["PATH"]}
     done = await asyncio.to_thread(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.host.journal_rig import BOOT, HOST, OP1, OP2, VM1, VM2, JournalRig, ended, process
-from vmchannel_host.journal_types import (
+from vmchannel_host.journal.types import (
     JournalBusy,
     JournalCorrupt,
     JournalDamaged,
@@ -342,8 +342,8 @@ def test_a_journal_that_cannot_be_written_is_refused_at_the_start(rig: JournalRi
     asyncio.run(rig.filled(1))
     script = (
         "import asyncio, os, sys; from pathlib import Path\n"
-        "from vmchannel_host.journal import Journal\n"
-        "from vmchannel_host.journal_types import JournalError\n"
+        "from vmchannel_host.journal.journal import Journal\n"
+        "from vmchannel_host.journal.types import JournalError\n"
         "path = Path(sys.argv[1]); fd = os.open(path, os.O_PATH | os.O_DIRECTORY)\n"
         "os.setegid(65534); os.seteuid(65534)\n"
         "path = Path(f'/proc/self/fd/{fd}')\n"

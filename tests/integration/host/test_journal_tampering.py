@@ -12,10 +12,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.integration.host.journal_rig import JournalRig
-from vmchannel_host.journal_chain import Head, Link, Signer
-from vmchannel_host.journal_file import write_head
-from vmchannel_host.journal_types import JournalCorrupt, JournalError
-from vmchannel_host.journal_verify import VerifyStopped, verify_file
+from vmchannel_host.journal.chain import Head, Link, Signer
+from vmchannel_host.journal.file import write_head
+from vmchannel_host.journal.types import JournalCorrupt, JournalError
+from vmchannel_host.journal.verify import VerifyStopped, verify_file
 from vmchannel_host.model import OperationId
 
 

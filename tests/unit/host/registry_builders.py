@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vmchannel_host.hypervisors import Ended, Seen
-from vmchannel_host.journal_types import KnownInstance
+from vmchannel_host.journal.types import KnownInstance
 from vmchannel_host.model import (
     BootId,
     EndCause,

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from vmchannel_host.admin_handlers import AdminHandlers, AdminLimits
-from vmchannel_host.admin_metrics import Metrics
-from vmchannel_host.admin_view import AdminView
-from vmchannel_host.cli import ExitCode, parser
-from vmchannel_host.config_schema import HOST_SCHEMA
+from vmchannel_host.admin.handlers import AdminHandlers, AdminLimits
+from vmchannel_host.admin.metrics import Metrics
+from vmchannel_host.admin.view import AdminView
+from vmchannel_host.cli.main import ExitCode, parser
+from vmchannel_host.config.schema import HOST_SCHEMA
 
 MAN = Path(__file__).parents[3] / "docs/man"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmchannel_host.cli_table import Column, cut, display_width, facts, seconds, size, table, wrapped
+from vmchannel_host.cli.table import Column, cut, display_width, facts, seconds, size, table, wrapped
 
 COLUMNS = [
     Column("NAME", shrink=True),

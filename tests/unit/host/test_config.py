@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fence_vmchannel.messages import FenceAction
 from tests.unit.host.registry_builders import VM1
-from vmchannel_host.config import (
+from vmchannel_host.config.loading import (
     AfterKill,
     BusKind,
     ConfigError,
@@ -25,10 +25,10 @@ from vmchannel_host.config import (
     check_config,
     load_config,
 )
-from vmchannel_host.config_model import ClusterConfig
-from vmchannel_host.config_scalars import parse_count, parse_duration, parse_size
-from vmchannel_host.config_schema import HOST_SCHEMA
-from vmchannel_host.config_yaml import MAX_BYTES, MAX_DEPTH, Position, YamlError, parse_yaml
+from vmchannel_host.config.model import ClusterConfig
+from vmchannel_host.config.scalars import parse_count, parse_duration, parse_size
+from vmchannel_host.config.schema import HOST_SCHEMA
+from vmchannel_host.config.yaml_text import MAX_BYTES, MAX_DEPTH, Position, YamlError, parse_yaml
 from vmchannel_host.model import HostName, PortName
 
 INSTALLED = Path(__file__).parents[3] / "host" / "config" / "host.yaml"

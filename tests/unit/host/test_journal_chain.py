@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmchannel_host.journal_chain import MAX_BODY, Head, Link, Signer, canonical, genesis, parse_body
-from vmchannel_host.journal_types import JournalMisuse, Json
+from vmchannel_host.journal.chain import MAX_BODY, Head, Link, Signer, canonical, genesis, parse_body
+from vmchannel_host.journal.types import JournalMisuse, Json
 
 LINK = Link("journal-1", 7, 1_700_000_000_000_000, 5_000_000, "boot", "fence.intent", "op-1", "{}", b"p" * 32)
 

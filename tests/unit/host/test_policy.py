@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fence_vmchannel.messages import FenceAction, FenceCode
 from tests.unit.host.registry_builders import VM1, VM2, VM3
-from vmchannel_host.aliases import AliasTable
-from vmchannel_host.config_model import EvidenceRule, Group, HostConfig, PolicyConfig
-from vmchannel_host.journal_types import StoredAlias
+from vmchannel_host.config.model import EvidenceRule, Group, HostConfig, PolicyConfig
+from vmchannel_host.journal.types import StoredAlias
 from vmchannel_host.model import NIL_UUID, HostName, VmUuid
-from vmchannel_host.policy import Policy, Refused, Resolved, Target, VmDirectory
+from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.policy.policy import Policy, Refused, Resolved, Target, VmDirectory
 
 OFF, ON, REBOOT, STATUS = FenceAction.OFF, FenceAction.ON, FenceAction.REBOOT, FenceAction.STATUS
 LIST, MONITOR = FenceAction.LIST, FenceAction.MONITOR

@@ -22,18 +22,7 @@ from tests.unit.host.registry_builders import (
     seen,
     vanished,
 )
-from vmchannel_host.conflicts import ConflictKind
 from vmchannel_host.hypervisors import Ended, Seen
-from vmchannel_host.instance_state import (
-    TRANSITIONS,
-    ImpossibleTransition,
-    InstanceState,
-    Observation,
-    advance,
-    from_migration,
-    observe,
-    to_migration,
-)
 from vmchannel_host.model import (
     NIL_UUID,
     EndCause,
@@ -44,8 +33,19 @@ from vmchannel_host.model import (
     Migration,
     RunState,
 )
-from vmchannel_host.registry import RememberEnd, RememberInstance, VmRegistry
-from vmchannel_host.vm_history import KEPT_ENDS
+from vmchannel_host.registry.conflicts import ConflictKind
+from vmchannel_host.registry.instance_state import (
+    TRANSITIONS,
+    ImpossibleTransition,
+    InstanceState,
+    Observation,
+    advance,
+    from_migration,
+    observe,
+    to_migration,
+)
+from vmchannel_host.registry.registry import RememberEnd, RememberInstance, VmRegistry
+from vmchannel_host.registry.vm_history import KEPT_ENDS
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.unit.host.registry_builders import HOST, VM1, VM2, instance, look, process
 from vmchannel_host.hypervisors import Ended, Seen
-from vmchannel_host.instance_state import LEAVING, InstanceState, Observation, observe
-from vmchannel_host.journal_types import KnownInstance
+from vmchannel_host.journal.types import KnownInstance
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -24,7 +23,8 @@ from vmchannel_host.model import (
     ProcessIdentity,
     RunState,
 )
-from vmchannel_host.registry import RegistryRecord, RememberEnd, RememberInstance, VmRegistry
+from vmchannel_host.registry.instance_state import LEAVING, InstanceState, Observation, observe
+from vmchannel_host.registry.registry import RegistryRecord, RememberEnd, RememberInstance, VmRegistry
 
 PROCESSES = st.builds(process, st.integers(1, 6), st.sampled_from([VM1, VM2]))
 LIVES_HERE = (Observation.RUNS, Observation.STOPS, Observation.SENDS)

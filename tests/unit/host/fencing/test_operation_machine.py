@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.unit.host.fencing.operation_builders import (
@@ -300,5 +307,7 @@ class OperationMachine(RuleBasedStateMachine):
             assert not self.destroyed
 
 
-OperationMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-TestOperationMachine = OperationMachine.TestCase
+def test_no_sequence_of_events_leads_to_a_claim_without_its_evidence() -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis gives it no types
+        OperationMachine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None)
+    )

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a schema cannot say of the configuration: words that come with a later release, keys that contradict.
+
+Pure. Each check is safe on any tree, also one that breaks its schema, so that all problems are told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vmchannel_host.config.model import FencingConfig, PortsConfig
+from vmchannel_host.config.scalars import parse_duration, parse_vm
+from vmchannel_host.config.schema import Violation, show
+from vmchannel_host.config.yaml_text import Document, Path, Position, Value
+
+LATER = "comes with a later release"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFile:
+    """One file, parsed."""
+
+    name: str  # as it is shown
+    document: Document
+    is_policy: bool  # of policy.d/
+
+    @property
+    def groups_path(self) -> tuple[str, ...]:
+        """Where groups stand in it."""
+        return ("groups",) if self.is_policy else ("policy", "groups")
+
+    def groups(self) -> Mapping[str, Value]:
+        """The groups it defines, unchecked."""
+        return as_mapping(at(self.document.tree, *self.groups_path))
+
+
+def check_host_file(tree: Value) -> list[Violation]:
+    """What is wrong with `host.yaml` beyond its schema."""
+    return [*_hypervisors(tree), *_cluster(tree), *_ports(tree), *_fencing(tree), *_paths(tree)]
+
+
+def check_groups(file: ReadFile) -> list[Violation]:
+    """Members that stand twice in one group of a file."""
+    found: list[Violation] = []
+    for name, group in file.groups().items():
+        path: Path = (*file.groups_path, name, "members")
+        seen: dict[str, int] = {}
+        for index, member in enumerate(as_list(at(group, "members"))):
+            text = _vm_text(member)
+            if text in seen:
+                found.append(Violation((*path, index), False, f"{show(text)} is a member already"))
+            seen.setdefault(text, index)
+    return found
+
+
+def check_duplicate_groups(files: Sequence[ReadFile]) -> Iterator[tuple[ReadFile, Violation]]:
+    """Groups of one name in two files: neither may win silently."""
+    first: dict[str, tuple[ReadFile, Position]] = {}
+    for file in files:
+        for name in file.groups():
+            path: Path = (*file.groups_path, name)
+            if name in first:
+                other, position = first[name]
+                message = f"group {show(name)} is defined already, at {other.name}:{position.line}"
+                yield file, Violation(path, True, f"{message}:{position.column}")
+            else:
+                first[name] = (file, file.document.key_position(path))
+
+
+def at(tree: Value, *path: str) -> Value:
+    """The value under nested keys; None when there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def as_mapping(value: Value) -> Mapping[str, Value]:
+    """The value as a mapping; empty when it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Value) -> Sequence[Value]:
+    """The value as a list; empty when it is none."""
+    return value if isinstance(value, list) else []
+
+
+def _vm_text(member: Value) -> str:
+    text = member if isinstance(member, str) else show(member)
+    try:
+        return parse_vm(text)
+    except ValueError:
+        return text
+
+
+def _hypervisors(tree: Value) -> Iterator[Violation]:
+    for index, entry in enumerate(as_list(at(tree, "hypervisors"))):
+        path: Path = ("hypervisors", index)
+        if at(entry, "type") == "libvirt":
+            yield Violation((*path, "type"), False, f"libvirt {LATER}: remove this entry")
+        for vm, argv in as_mapping(at(entry, "start")).items():
+            program = next(iter(as_list(argv)), None)
+            if isinstance(program, str) and not program.startswith("/"):
+                message = f"found {show(program)}, expected the absolute path of a program"
+                yield Violation((*path, "start", vm, 0), False, message)
+
+
+def _cluster(tree: Value) -> Iterator[Violation]:
+    if at(tree, "cluster", "bus") == "corosync":
+        yield Violation(("cluster", "bus"), False, f"corosync {LATER}: set `bus: local`")
+    for key in ("hosts", "host_fencing"):
+        if key in as_mapping(at(tree, "cluster")):
+            yield Violation(("cluster", key), True, f"it goes with bus corosync, which {LATER}: remove it")
+
+
+def _ports(tree: Value) -> Iterator[Violation]:
+    given = at(tree, "ports", "prefix")
+    prefix = given if isinstance(given, str) else PortsConfig().prefix
+    for name in as_mapping(at(tree, "ports", "overrides")):
+        if not name.startswith(prefix):
+            message = f"it overrides nothing: only ports whose name begins {prefix!r} are served"
+            yield Violation(("ports", "overrides", name), True, message)
+    for index, raw in enumerate(as_list(at(tree, "ports", "raw"))):
+        if isinstance(raw, str) and raw.startswith(prefix):
+            message = f"{show(raw)} begins with the prefix {prefix!r}: it is served, and cannot be raw"
+            yield Violation(("ports", "raw", index), False, message)
+
+
+def _fencing(tree: Value) -> Iterator[Violation]:
+    quit_s = _seconds(at(tree, "fencing", "quit_timeout"), FencingConfig().quit_timeout_s)
+    timeout_s = _seconds(at(tree, "fencing", "timeout"), FencingConfig().timeout_s)
+    if quit_s >= timeout_s:
+        key = "quit_timeout" if "quit_timeout" in as_mapping(at(tree, "fencing")) else "timeout"
+        message = f"quit_timeout ({quit_s:g}s) leaves no time for the kill within timeout ({timeout_s:g}s)"
+        yield Violation(("fencing", key), False, message)
+
+
+def _seconds(value: Value, default: float) -> float:
+    try:
+        return parse_duration(value) if isinstance(value, str) else default
+    except ValueError:
+        return default
+
+
+def _paths(tree: Value) -> Iterator[Violation]:
+    paths = as_mapping(at(tree, "paths"))
+    if "state" in paths and paths.get("state") == paths.get("run"):
+        yield Violation(("paths", "run"), False, "it is the same as paths.state: only one survives a boot")
