@@ -12,6 +12,7 @@ from typing import Final
 
 from fence_vmchannel.errors import LocalProtocolError
 from fence_vmchannel.messages import (
+    Announce,
     FenceAction,
     FenceAnswer,
     FenceCode,
@@ -169,7 +170,12 @@ def _log_progress(progress: FenceProgress) -> None:
 
 
 def _guest_reach(socket: str, port: str) -> Reach:
-    from vmchannel_guest.announce import find_announcement, system_sources
     from vmchannel_guest.reach import GuestReach
 
-    return GuestReach(socket=socket, port=port, announce=lambda: find_announcement(system_sources()))
+    return GuestReach(socket=socket, port=port, announce=_find_announcement)
+
+
+def _find_announcement() -> Announce | None:
+    from vmchannel_guest.announce import find_announcement, system_sources  # only where no hub runs
+
+    return find_announcement(system_sources())
