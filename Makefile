@@ -2,7 +2,7 @@
 # `make` alone explains itself. Each target installs what it needs first (as root, on Debian 12).
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps demo test check format bench test-all clean
+.PHONY: help deps demo test check format diagrams bench test-all clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -30,6 +30,9 @@ check: deps ## format, lint, types (mypy and pyright, strict), import contracts
 format: deps ## write what `check` wants of the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+diagrams: deps ## draw docs/state-machines.md and fill docs/protocol.md's tables from the code
+	PYTHONPATH=.:host:guest:agents $(BIN)/python docs/make_diagrams.py
 
 bench: deps ## measure; figures with the machine they were measured on
 	$(BIN)/python -m benchmarks $(ARGS)

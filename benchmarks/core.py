@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.figures import Figure, figure
-from fence_vmchannel.connection import ChannelOpened, Connection, Data, Event, PeerIdentity, Role
+from fence_vmchannel.core.connection import ChannelOpened, Connection, Data, Event, PeerIdentity, Role
 
 _CHUNK = 32_000  # one message, bytes
 

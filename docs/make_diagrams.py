@@ -19,13 +19,14 @@ from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fence_vmchannel import local_protocol, messages
-from fence_vmchannel.channel_state import CHANNEL_TRANSITIONS, ChannelState
+from fence_vmchannel import messages
+from fence_vmchannel.core.channel_state import CHANNEL_TRANSITIONS, ChannelState
+from fence_vmchannel.core.events import Priority, Role
+from fence_vmchannel.core.frames import Flags, FrameType
+from fence_vmchannel.core.greeting import EndCode
+from fence_vmchannel.core.session_state import SESSION_TRANSITIONS, SessionState
 from fence_vmchannel.errors import CloseCode
-from fence_vmchannel.events import Priority, Role
-from fence_vmchannel.frames import Flags, FrameType
-from fence_vmchannel.greeting import EndCode
-from fence_vmchannel.session_state import SESSION_TRANSITIONS, SessionState
+from fence_vmchannel.hub import local_protocol
 from vmchannel_host.fencing.states import TRANSITIONS as OPERATION_TRANSITIONS
 from vmchannel_host.fencing.states import OperationState
 from vmchannel_host.registry.instance_state import TRANSITIONS as INSTANCE_TRANSITIONS

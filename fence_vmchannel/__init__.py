@@ -18,8 +18,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fence_vmchannel.blocking import BlockingClient
-    from fence_vmchannel.blocking_channel import BlockingChannel
+    from fence_vmchannel.blocking.channel import BlockingChannel
+    from fence_vmchannel.blocking.client import BlockingClient
     from fence_vmchannel.channel import Channel
     from fence_vmchannel.client import Client, connect
     from fence_vmchannel.errors import (
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
         ServiceRefused,
         SessionReset,
     )
-    from fence_vmchannel.hub import Hub
-    from fence_vmchannel.hub_events import (
+    from fence_vmchannel.hub.events import (
         HubEvent,
         HubStatus,
         Overflow,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
         SessionWasReset,
         Synced,
     )
+    from fence_vmchannel.hub.hub import Hub
     from fence_vmchannel.links.local import GUEST_SOCKET, HOST_SOCKET
     from fence_vmchannel.peers import PeerInfo, PeerKind
 
@@ -103,8 +103,8 @@ __all__ = [  # noqa: RUF022 (most important first)
 ]
 
 _MODULES = {
-    "blocking": ("BlockingClient",),
-    "blocking_channel": ("BlockingChannel",),
+    "blocking.client": ("BlockingClient",),
+    "blocking.channel": ("BlockingChannel",),
     "channel": ("Channel",),
     "client": ("Client", "connect"),
     "errors": (
@@ -124,8 +124,8 @@ _MODULES = {
         "ServiceRefused",
         "SessionReset",
     ),
-    "hub": ("Hub",),
-    "hub_events": (
+    "hub.hub": ("Hub",),
+    "hub.events": (
         "HubEvent",
         "HubStatus",
         "Overflow",

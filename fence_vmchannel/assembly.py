@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from fence_vmchannel.events import Data
+from fence_vmchannel.core.events import Data
 
 
 class Assembly:

@@ -8,14 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from fence_vmchannel.assembly import Assembly
-from fence_vmchannel.endpoint import Endpoint
-from fence_vmchannel.errors import (
-    ChannelClosed,
-    CloseCode,
-    LocalProtocolError,
-    MessageTooLarge,
-)
-from fence_vmchannel.events import (
+from fence_vmchannel.core.events import (
     ChannelAccepted,
     ChannelOpened,
     Closed,
@@ -24,6 +17,13 @@ from fence_vmchannel.events import (
     Limits,
     PeerIdentity,
     Priority,
+)
+from fence_vmchannel.endpoint import Endpoint
+from fence_vmchannel.errors import (
+    ChannelClosed,
+    CloseCode,
+    LocalProtocolError,
+    MessageTooLarge,
 )
 from fence_vmchannel.outcomes import closing_error
 from fence_vmchannel.peers import PeerInfo

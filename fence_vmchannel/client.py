@@ -12,7 +12,8 @@ from typing import Final, TypeVar
 
 from fence_vmchannel.addresses import HUB_SERVICE
 from fence_vmchannel.channel import Channel
-from fence_vmchannel.connection import Connection
+from fence_vmchannel.core.connection import Connection
+from fence_vmchannel.core.events import ChannelOpened, Limits, Opened, PeerIdentity, Reset, Role
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import (
     ChannelClosed,
@@ -21,11 +22,8 @@ from fence_vmchannel.errors import (
     DeadlineExceeded,
     HubUnreachable,
 )
-from fence_vmchannel.events import ChannelOpened, Limits, Opened, PeerIdentity, Reset, Role
-from fence_vmchannel.hub_events import HubEvent, HubStatus
-from fence_vmchannel.links.local import GUEST_SOCKET
-from fence_vmchannel.links.stream import SocketLink, try_connect
-from fence_vmchannel.local_protocol import (
+from fence_vmchannel.hub.events import HubEvent, HubStatus
+from fence_vmchannel.hub.local_protocol import (
     HubQuery,
     OfferQuery,
     Origin,
@@ -35,9 +33,11 @@ from fence_vmchannel.local_protocol import (
     encode_local,
     gather_status,
 )
+from fence_vmchannel.hub.serving import Handler, serve_channel
+from fence_vmchannel.links.local import GUEST_SOCKET
+from fence_vmchannel.links.stream import SocketLink, try_connect
 from fence_vmchannel.outcomes import request_error
 from fence_vmchannel.peers import PeerInfo, PeerKind
-from fence_vmchannel.serving import Handler, serve_channel
 from fence_vmchannel.supervisor import Supervisor
 
 _T = TypeVar("_T")

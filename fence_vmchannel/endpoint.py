@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from fence_vmchannel.connection import Connection
+from fence_vmchannel.core.connection import Connection
+from fence_vmchannel.core.events import ChannelOpened, Opened, Reset
 from fence_vmchannel.errors import CloseCode, LinkError
-from fence_vmchannel.events import ChannelOpened, Opened, Reset
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.logs import RateLimitedLog, quoted
 from fence_vmchannel.peers import PeerInfo

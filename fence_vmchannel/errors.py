@@ -84,7 +84,9 @@ class ChannelClosed(ChannelError):
     """
 
     def __init__(self, code: CloseCode, reason: str = "") -> None:
-        super().__init__(f"channel closed: {code.name.lower().replace('_', ' ')}{': ' + reason if reason else ''}")
+        super().__init__(
+            f"channel closed: {code.name.lower().replace('_', ' ')}{': ' + reason if reason else ''}"
+        )
         self.code = code
         self.reason = reason
 

@@ -11,9 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar, assert_never
 
-from fence_vmchannel.connection import Connection
-from fence_vmchannel.errors import CloseCode, LinkError
-from fence_vmchannel.events import (
+from fence_vmchannel.core.connection import Connection
+from fence_vmchannel.core.events import (
     ChannelAccepted,
     ChannelOpened,
     Closed,
@@ -26,6 +25,7 @@ from fence_vmchannel.events import (
     Reset,
     Unlinked,
 )
+from fence_vmchannel.errors import CloseCode, LinkError
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.peers import PeerInfo
 

@@ -100,7 +100,9 @@ def _split(data: bytes, what: str) -> typing.Iterator[tuple[int, bytes]]:
         tag, length = _HEAD.unpack_from(data, at)
         at += _HEAD.size
         if length > len(data) - at:
-            raise RemoteProtocolError(f"{what}: field {tag} announces {length} bytes, {len(data) - at} are there")
+            raise RemoteProtocolError(
+                f"{what}: field {tag} announces {length} bytes, {len(data) - at} are there"
+            )
         yield tag, data[at : at + length]
         at += length
 

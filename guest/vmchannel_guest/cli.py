@@ -15,7 +15,7 @@ from typing import Any, Final, TextIO, cast
 
 from fence_vmchannel import __version__
 from fence_vmchannel.addresses import DEFAULT_PORT
-from fence_vmchannel.blocking import BlockingClient
+from fence_vmchannel.blocking.client import BlockingClient
 from fence_vmchannel.errors import (
     ChannelClosed,
     ChannelError,
@@ -23,7 +23,7 @@ from fence_vmchannel.errors import (
     DeadlineExceeded,
     LocalProtocolError,
 )
-from fence_vmchannel.hub_events import HubEvent, HubStatus, PeerStatus
+from fence_vmchannel.hub.events import HubEvent, HubStatus, PeerStatus
 from fence_vmchannel.links.local import GUEST_SOCKET
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, FenceProgress
 from vmchannel_guest.announce import find_announcement, system_sources

@@ -21,11 +21,11 @@ from typing import Final
 
 from fence_vmchannel import __version__
 from fence_vmchannel.access import guest_rules
+from fence_vmchannel.core.events import PeerIdentity, Role
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.errors import LinkError
-from fence_vmchannel.events import PeerIdentity, Role
-from fence_vmchannel.hub import Hub
-from fence_vmchannel.hub_ports import PortConnector
+from fence_vmchannel.hub.hub import Hub
+from fence_vmchannel.hub.ports import PortConnector
 from fence_vmchannel.links.local import GUEST_SOCKET
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 from fence_vmchannel.supervisor import Supervisor

@@ -11,8 +11,8 @@ from typing import Final, Protocol
 
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.errors import ChannelError
-from fence_vmchannel.hub_events import HubEvent, Overflow, PeerConnected, PeerDisconnected, SessionWasReset
-from fence_vmchannel.hub_watch import Watch
+from fence_vmchannel.hub.events import HubEvent, Overflow, PeerConnected, PeerDisconnected, SessionWasReset
+from fence_vmchannel.hub.watch import Watch
 from fence_vmchannel.messages import (
     FENCE_SERVICE,
     Announce,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from fence_vmchannel.addresses import DEFAULT_PORT
-from fence_vmchannel.blocking import BlockingClient
-from fence_vmchannel.blocking_channel import BlockingChannel
+from fence_vmchannel.blocking.channel import BlockingChannel
+from fence_vmchannel.blocking.client import BlockingClient
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.errors import (
     ChannelError,

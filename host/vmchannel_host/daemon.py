@@ -14,9 +14,9 @@ from typing import Final
 
 import fence_vmchannel
 from fence_vmchannel.access import ROOT_ONLY, AccessRules
+from fence_vmchannel.core.events import Limits, PeerIdentity
 from fence_vmchannel.errors import LinkError
-from fence_vmchannel.events import Limits, PeerIdentity
-from fence_vmchannel.hub import Hub, boot_clock
+from fence_vmchannel.hub.hub import Hub, boot_clock
 from fence_vmchannel.messages import FENCE_SERVICE
 from vmchannel_host.admin.daemon_view import Health, View
 from vmchannel_host.admin.feed import Feed

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
-from fence_vmchannel.hub_events import (
+from fence_vmchannel.hub.events import (
     HubEvent,
     Overflow,
     PeerConnected,
@@ -19,7 +19,7 @@ from fence_vmchannel.hub_events import (
     SessionWasReset,
     Synced,
 )
-from fence_vmchannel.hub_watch import Watch
+from fence_vmchannel.hub.watch import Watch
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.view import AdminEvent
 from vmchannel_host.fencing.service import Requester

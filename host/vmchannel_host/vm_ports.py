@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fence_vmchannel.errors import LinkError
-from fence_vmchannel.hub import Hub
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from vmchannel_host.hypervisors import HypervisorError

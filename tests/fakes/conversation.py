@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fence_vmchannel.connection import (
+from fence_vmchannel.core.connection import (
     ChannelAccepted,
     ChannelOpened,
     Closed,

@@ -40,6 +40,7 @@ class FakeJournal:
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
         self.hung: Callable[[str], bool] = lambda _: False
+        self.slow: Callable[[str], float] = lambda _: 0.001  # seconds that a write takes
         self.hook: Callable[[str], None] = lambda _: None  # called before each write
 
     def kinds(self, operation: OperationId | None = None) -> list[str]:
@@ -147,4 +148,4 @@ class FakeJournal:
         if self.hung(what):
             await asyncio.sleep(timeout_s)
             raise JournalBusy("the disk does not answer")
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.slow(what))

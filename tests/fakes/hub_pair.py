@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fence_vmchannel.access import AccessRules
 from fence_vmchannel.addresses import DEFAULT_PORT
+from fence_vmchannel.core.events import Limits, PeerIdentity, Role
 from fence_vmchannel.errors import LinkError
-from fence_vmchannel.events import Limits, PeerIdentity, Role
-from fence_vmchannel.hub import Hub
-from fence_vmchannel.hub_events import HubEvent
-from fence_vmchannel.hub_watch import Watch
+from fence_vmchannel.hub.events import HubEvent
+from fence_vmchannel.hub.hub import Hub
+from fence_vmchannel.hub.watch import Watch
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.links.stream import SocketLink
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind

@@ -5,9 +5,16 @@ from __future__ import annotations
 
 from zlib import crc32
 
-from fence_vmchannel.connection import Connection, Limits, PeerIdentity, Role
-from fence_vmchannel.frames import IDENTITY_BYTES, Frame, FrameDecoder, FrameType, encode_frame, frames_only
-from fence_vmchannel.greeting import (
+from fence_vmchannel.core.connection import Connection, Limits, PeerIdentity, Role
+from fence_vmchannel.core.frames import (
+    IDENTITY_BYTES,
+    Frame,
+    FrameDecoder,
+    FrameType,
+    encode_frame,
+    frames_only,
+)
+from fence_vmchannel.core.greeting import (
     NO_SESSION,
     Hello,
     Numbers,

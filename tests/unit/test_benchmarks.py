@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from benchmarks import core
 from benchmarks.figures import figure, machine_line
-from fence_vmchannel.connection import Data
+from fence_vmchannel.core.connection import Data
 
 
 def test_a_figure_is_the_median_and_the_99th_percentile() -> None:

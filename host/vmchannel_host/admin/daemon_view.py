@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import fence_vmchannel
-from fence_vmchannel.hub import Hub
-from fence_vmchannel.hub_events import PeerStatus
+from fence_vmchannel.hub.events import PeerStatus
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceProgress, FenceRequest
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.operations_view import full, summary

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -20,7 +20,6 @@ from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Proc
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
-from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import BootId, OperationId, VmUuid
 
 RESUME_LIMIT: Final = 1000
@@ -85,7 +84,12 @@ class Coordinator:
         return tuple(_view(run) for run in self._runs.values())
 
     async def execute(
-        self, order: Order, operation: OperationId, progress: Progress, may_begin: Callable[[], str]
+        self,
+        order: Order,
+        operation: OperationId,
+        progress: Progress,
+        may_begin: Callable[[], str],
+        remember: Coroutine[object, object, None],
     ) -> Outcome:
         """Carry out an order, or join the same action on the same VM.
 
@@ -95,16 +99,24 @@ class Coordinator:
         Args:
             may_begin: asked once, when the intent is durable and not yet published: why it must not be
                 published any more, or "".
+            remember: makes the request durable; runs beside the record of the intent, ahead of it.
         """
         intent = self._intent(order, operation)
-        try:
-            await self._shell.journal.append(codec.INTENT, operation, codec.intent_body(intent))
-        except JournalError as error:
-            return failed(operation, FenceCode.UNAVAILABLE, f"the journal cannot take the intent: {error}")
+        body = codec.intent_body(intent)
+        # One commit of the journal takes both; the request first: an intent without it could be asked again.
+        record = self._shell.journal.append(codec.INTENT, operation, body)
+        problems = [
+            one
+            for one in await asyncio.gather(remember, record, return_exceptions=True)
+            if isinstance(one, BaseException)
+        ]
         run = self._new_run(intent)
         run.listeners.append(progress)
         reason = may_begin()
-        if reason:
+        if problems:
+            reason = f"the journal cannot take the request, so nothing is done: {problems[0]}"
+            run.end(failed(operation, FenceCode.UNAVAILABLE, reason))
+        elif reason:
             run.end(failed(operation, FenceCode.STALE, reason))
         elif self._shell.clock() >= order.end:
             run.end(failed(operation, FenceCode.STALE, "time was over before anything was done"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What fencing asks of the journal: small Protocols, which `vmchannel_host.journal.journal.Journal` implements.
+"""What fencing asks of the journal: small Protocols, which `journal.journal.Journal` implements.
 
 What a method stores is durable when it returns. Whatever raises `JournalError` has failed, and what needed it
 is refused.

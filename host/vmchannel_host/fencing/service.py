@@ -324,13 +324,13 @@ class FenceService:
             if isinstance(resolved, Refused):
                 await self._refusals.note(request, requester.vm, resolved.code, resolved.reason)
                 return self._refusal(request, requester, resolved.code, resolved.reason)
-            operation = OperationId(self._random_bytes(8).hex())
-            await self._journal.remember_request(
-                request.request_id, requester.key, flight.digest, operation, window.deadline
-            )
         except JournalError as error:
             reason = f"the journal fails, so nothing is done: {error}"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        operation = OperationId(self._random_bytes(8).hex())
+        remember = self._journal.remember_request(
+            request.request_id, requester.key, flight.digest, operation, window.deadline
+        )
         order = Order(
             action=request.action,
             vm=resolved.vm_uuid,
@@ -341,7 +341,7 @@ class FenceService:
             end=window.end,
             request_id=request.request_id,
         )
-        outcome = await self._coordinator.execute(order, operation, flight.tell, flight.may_begin)
+        outcome = await self._coordinator.execute(order, operation, flight.tell, flight.may_begin, remember)
         answer = self._from(request, requester, outcome, order.vm, order.name)
         return await self._stored(answer, window)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fence_vmchannel.events import PeerIdentity, Role
-from fence_vmchannel.hub import Hub
+from fence_vmchannel.core.events import PeerIdentity, Role
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FENCE_SERVICE, FenceAction, PowerState
 from fence_vmchannel.peers import HOST_PEER
 from tests.fakes.fence_service import FakeFenceService, PaperVm
@@ -233,5 +233,5 @@ async def test_the_agent_never_imports_asyncio(place: Site, tmp_path: Path) -> N
     ran = await rewritten(place.agent, "sys.exit(main())", tell).lines("action=off", "plug=vm2")
     assert ran.code == 0, ran.err
     modules = told.read_text().split()
-    assert "fence_vmchannel.blocking" in modules
+    assert "fence_vmchannel.blocking.client" in modules
     assert not {"asyncio", "ssl"} & set(modules)

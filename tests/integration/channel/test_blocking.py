@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import pytest
 
-from fence_vmchannel.blocking import BlockingClient
+from fence_vmchannel.blocking.client import BlockingClient
 from fence_vmchannel.channel import Channel
+from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -28,9 +29,8 @@ from fence_vmchannel.errors import (
     PortNotFound,
     ServiceRefused,
 )
-from fence_vmchannel.events import PeerIdentity
-from fence_vmchannel.hub import Hub
-from fence_vmchannel.hub_events import PeerConnected, PortAdded, Synced
+from fence_vmchannel.hub.events import PeerConnected, PortAdded, Synced
+from fence_vmchannel.hub.hub import Hub
 from tests.fakes.fake_port import PtyPort, busy_opener
 from tests.fakes.hub_pair import VM, hub_pair
 

@@ -13,6 +13,7 @@ import pytest
 
 from fence_vmchannel import connect
 from fence_vmchannel.channel import Channel
+from fence_vmchannel.core.events import Limits
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -21,8 +22,7 @@ from fence_vmchannel.errors import (
     MessageTooLarge,
     ServiceRefused,
 )
-from fence_vmchannel.events import Limits
-from fence_vmchannel.hub_events import (
+from fence_vmchannel.hub.events import (
     HubEvent,
     PeerConnected,
     PeerDisconnected,

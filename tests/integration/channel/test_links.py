@@ -16,10 +16,10 @@ import pytest
 
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.client import connect
+from fence_vmchannel.core.events import PeerIdentity, Role
 from fence_vmchannel.errors import ChannelClosed, CloseCode, LinkError, ServiceRefused, SessionReset
-from fence_vmchannel.events import PeerIdentity, Role
-from fence_vmchannel.hub import Hub
-from fence_vmchannel.hub_events import PeerConnected, PortAdded, PortRemoved, PortUnusable
+from fence_vmchannel.hub.events import PeerConnected, PortAdded, PortRemoved, PortUnusable
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.links.stream import SocketLink

@@ -19,9 +19,9 @@ import pytest
 from fence_vmchannel import connect
 from fence_vmchannel.access import AccessRule, AccessRules
 from fence_vmchannel.channel import Channel
+from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import ChannelClosed, CloseCode, HubUnreachable, LinkError
-from fence_vmchannel.events import PeerIdentity
-from fence_vmchannel.hub import Hub
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.links.local import LocalListener
 from tests.fakes.hub_pair import eventually, hub_pair
 
@@ -201,8 +201,8 @@ async def test_a_client_that_never_greets_and_one_that_never_reads_disturb_nobod
 async def test_a_killed_hub_ends_its_clients_calls_with_an_error(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
-        "from fence_vmchannel.hub import Hub\n"
-        "from fence_vmchannel.events import PeerIdentity\n"
+        "from fence_vmchannel.hub.hub import Hub\n"
+        "from fence_vmchannel.core.events import PeerIdentity\n"
         "async def mute(channel):\n"
         "    await channel.accept()\n"
         "    await channel.wait_closed()\n"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.discovery import PortPaths
-from fence_vmchannel.events import PeerIdentity
-from fence_vmchannel.hub import Hub
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FENCE_SERVICE
 from tests.fakes.fake_port import PtyPort
 from tests.fakes.fence_service import FakeFenceService

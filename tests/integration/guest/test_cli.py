@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from fence_vmchannel.access import guest_rules
+from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import CloseCode, ServiceRefused
-from fence_vmchannel.events import PeerIdentity
-from fence_vmchannel.hub import Hub
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FENCE_SERVICE, FenceCode, PowerState
 from fence_vmchannel.peers import HOST_PEER
 from tests.fakes.fence_line import FakeHost, Trouble, VirtualTime

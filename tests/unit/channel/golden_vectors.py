@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from fence_vmchannel.connection import (
+from fence_vmchannel.core.connection import (
     ChannelOpened,
     Connection,
     Data,
@@ -23,8 +23,8 @@ from fence_vmchannel.connection import (
     Priority,
     Role,
 )
-from fence_vmchannel.frames import FrameType, encode_frame
-from fence_vmchannel.greeting import (
+from fence_vmchannel.core.frames import FrameType, encode_frame
+from fence_vmchannel.core.greeting import (
     EndCode,
     Hello,
     Numbers,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fence_vmchannel.channel_state import (
+from fence_vmchannel.core.channel_state import (
     CHANNEL_TRANSITIONS,
     Channel,
     ChannelInput,
@@ -20,8 +20,8 @@ from fence_vmchannel.channel_state import (
     largest_message,
     message_cost,
 )
-from fence_vmchannel.channels import BULK_IN_FLIGHT, CONTROL_IN_FLIGHT
-from fence_vmchannel.connection import (
+from fence_vmchannel.core.channels import BULK_IN_FLIGHT, CONTROL_IN_FLIGHT
+from fence_vmchannel.core.connection import (
     FRAME_COST,
     MAX_FRAGMENT,
     ChannelAccepted,
@@ -37,6 +37,7 @@ from fence_vmchannel.connection import (
     Reset,
     Role,
 )
+from fence_vmchannel.core.frames import END, Frame, FrameType
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -45,7 +46,6 @@ from fence_vmchannel.errors import (
     MessageTooLarge,
     ServiceRefused,
 )
-from fence_vmchannel.frames import END, Frame, FrameType
 from tests.fakes.conversation import Conversation
 from tests.fakes.link import GOOD
 from tests.fakes.raw_peer import RawPeer

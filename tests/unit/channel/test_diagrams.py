@@ -7,8 +7,8 @@ import runpy
 from enum import Enum
 from pathlib import Path
 
-from fence_vmchannel.channel_state import ChannelState
-from fence_vmchannel.session_state import SessionState
+from fence_vmchannel.core.channel_state import ChannelState
+from fence_vmchannel.core.session_state import SessionState
 
 DOCS = Path(__file__).parents[3] / "docs"
 

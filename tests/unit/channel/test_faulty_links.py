@@ -8,7 +8,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fence_vmchannel.connection import Priority
+from fence_vmchannel.core.connection import Priority
 from tests.fakes.conversation import Conversation
 from tests.fakes.link import Faults
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fence_vmchannel.frames import (
+from fence_vmchannel.core.frames import (
     HEADER_BYTES,
     MAGIC,
     MAX_BAD_HEADERS,

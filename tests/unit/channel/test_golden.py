@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from fence_vmchannel.connection import (
+from fence_vmchannel.core.connection import (
     ChannelAccepted,
     ChannelOpened,
     Closed,
@@ -19,8 +19,8 @@ from fence_vmchannel.connection import (
     Priority,
     Role,
 )
-from fence_vmchannel.frames import Frame, FrameDecoder, FrameType
-from fence_vmchannel.greeting import (
+from fence_vmchannel.core.frames import Frame, FrameDecoder, FrameType
+from fence_vmchannel.core.greeting import (
     Hello,
     Welcome,
     decode_challenge,

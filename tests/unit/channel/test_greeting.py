@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.greeting import (
+from fence_vmchannel.core.greeting import (
     MAX_WORDS,
     EndCode,
     Hello,
@@ -28,6 +27,7 @@ from fence_vmchannel.greeting import (
     encode_progress,
     encode_welcome,
 )
+from fence_vmchannel.errors import RemoteProtocolError
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)

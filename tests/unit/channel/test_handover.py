@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fence_vmchannel import saved
-from fence_vmchannel.connection import Connection, PeerIdentity, Role
+from fence_vmchannel.core import saved
+from fence_vmchannel.core.connection import Connection, PeerIdentity, Role
+from fence_vmchannel.core.saved import SavedSession
 from fence_vmchannel.errors import LocalProtocolError, RemoteProtocolError
-from fence_vmchannel.saved import SavedSession
 from tests.fakes.conversation import Application, Conversation, seeded_bytes
 from tests.fakes.link import GOOD, Faults, FaultyLink
 from tests.unit.channel.test_faulty_links import FAULTS, act_at_random, assert_all_arrived

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fence_vmchannel.connection import (
+from fence_vmchannel.core.connection import (
     ChannelOpened,
     Closed,
     Connection,
@@ -20,9 +20,9 @@ from fence_vmchannel.connection import (
     Role,
     Unlinked,
 )
-from fence_vmchannel.frames import IGNORABLE, FrameType, encode_frame
-from fence_vmchannel.greeting import NO_SESSION, EndCode, Numbers, decode_end, decode_welcome
-from fence_vmchannel.session_state import SessionState
+from fence_vmchannel.core.frames import IGNORABLE, FrameType, encode_frame
+from fence_vmchannel.core.greeting import NO_SESSION, EndCode, Numbers, decode_end, decode_welcome
+from fence_vmchannel.core.session_state import SessionState
 from tests.fakes.conversation import Conversation, seeded_bytes
 from tests.fakes.link import GOOD, FaultyLink
 from tests.fakes.raw_peer import OFFER, RawPeer

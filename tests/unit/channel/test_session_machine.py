@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fence_vmchannel.connection import Opened, Priority, Reset, Role, Unlinked
-from fence_vmchannel.session_state import SessionState
+from fence_vmchannel.core.connection import Opened, Priority, Reset, Role, Unlinked
+from fence_vmchannel.core.session_state import SessionState
 from tests.fakes.conversation import Application, Conversation
 from tests.fakes.link import BAD, GOOD, Faults
 from tests.unit.channel.test_faulty_links import assert_all_arrived

@@ -10,11 +10,11 @@ from typing import Final
 
 import pytest
 
-from fence_vmchannel.connection import LinkRefused, Role
+from fence_vmchannel.core.connection import LinkRefused, Role
+from fence_vmchannel.core.frames import FrameType
+from fence_vmchannel.core.greeting import NO_SESSION, Numbers
+from fence_vmchannel.core.session_state import SESSION_TRANSITIONS, SessionInput, SessionState, next_state
 from fence_vmchannel.errors import LocalProtocolError
-from fence_vmchannel.frames import FrameType
-from fence_vmchannel.greeting import NO_SESSION, Numbers
-from fence_vmchannel.session_state import SESSION_TRANSITIONS, SessionInput, SessionState, next_state
 from tests.fakes.raw_peer import RawPeer
 
 S = SessionState

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.hub_events import (
+from fence_vmchannel.hub.events import (
     HubEvent,
     HubStatus,
     Overflow,
@@ -25,7 +25,7 @@ from fence_vmchannel.hub_events import (
     SessionWasReset,
     Synced,
 )
-from fence_vmchannel.local_protocol import (
+from fence_vmchannel.hub.local_protocol import (
     HubInfo,
     LocalMessage,
     OfferQuery,

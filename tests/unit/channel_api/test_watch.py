@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from fence_vmchannel.hub_events import HubEvent, Overflow, PortAdded, PortRemoved, Synced
-from fence_vmchannel.hub_watch import Watch, WatchList
+from fence_vmchannel.hub.events import HubEvent, Overflow, PortAdded, PortRemoved, Synced
+from fence_vmchannel.hub.watch import Watch, WatchList
 
 
 async def take(watch: Watch, count: int) -> list[HubEvent]:

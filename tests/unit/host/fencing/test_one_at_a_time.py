@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
+from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, PowerState
 from tests.fakes.hypervisors import (
     BarrenHypervisor,
     HungHypervisor,
@@ -14,8 +14,10 @@ from tests.fakes.hypervisors import (
 )
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, OPERATOR, VM1, VM2, VM3, World, now, settled
+from vmchannel_host.config.model import Group
 from vmchannel_host.fencing.service import Requester
 from vmchannel_host.model import RunState
+from vmchannel_host.policy.policy import Policy
 
 OTHER = Requester(VM3, "vm3", None, "guest-boot-3")
 
@@ -215,3 +217,36 @@ async def test_a_reboot_whose_start_still_runs_when_time_is_over_is_told_as_not_
         reboot = await world.ask(FenceAction.REBOOT, within_s=4)
         assert reboot.code is FenceCode.NOT_STARTED
         assert (await world.ask(FenceAction.OFF)).ok
+
+
+@virtual_time
+async def test_s12_off_that_takes_over_while_the_start_is_being_recorded_stops_the_start() -> None:
+    async with World().running() as world:
+        world.hypervisor.startable.add(VM2)
+        await world.vm_off()
+        off: list[asyncio.Task[FenceAnswer]] = []
+
+        def take_over(kind: str) -> None:
+            if kind == "fence.phase" and not off:
+                off.append(asyncio.create_task(world.ask(FenceAction.OFF, requester=OTHER)))
+
+        world.journal.hook = take_over
+        world.journal.slow = lambda kind: 1.0 if kind == "fence.phase" else 0.0
+        assert not (await world.ask(FenceAction.ON)).ok
+        assert (await off[0]).ok
+        assert world.hypervisor.count("start") == 0
+
+
+@virtual_time
+async def test_s10_the_policy_in_force_decides_and_the_intent_names_its_requester() -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.policy = Policy((Group("web", (VM1, VM2), frozenset({FenceAction.STATUS})),), {})
+        answer = await world.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (False, FenceCode.REFUSED)
+        assert world.hypervisor.acts == []
+        world.policy = Policy((Group("web", (VM1, VM2)),), {})
+        assert (await world.ask(FenceAction.OFF)).ok
+        (intent,) = (one for one in world.journal.records if one.kind == "fence.intent")
+        assert intent.body["requester"] == VM1

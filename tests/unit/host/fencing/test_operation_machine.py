@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
+    run_state_machine_as_test,  # pyright: ignore[reportUnknownVariableType]  # hypothesis types it in part
 )
 
 from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
@@ -308,6 +308,6 @@ class OperationMachine(RuleBasedStateMachine):
 
 
 def test_no_sequence_of_events_leads_to_a_claim_without_its_evidence() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis gives it no types
+    run_state_machine_as_test(
         OperationMachine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None)
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -29,6 +30,17 @@ class ForgettingHypervisor(FakeHypervisor):
 
     def absence(self, identity: ProcessIdentity) -> EndProof | None:
         return None
+
+
+class FadingHypervisor(FakeHypervisor):
+    """Its looks show no processes; only those in `gone` do not exist."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.gone: set[ProcessIdentity] = set()
+
+    def absence(self, identity: ProcessIdentity) -> EndProof | None:
+        return EndProof.ABSENT if identity in self.gone else None
 
 
 def stop_at(journal: FakeJournal, *kinds: str) -> asyncio.Event:
@@ -88,7 +100,13 @@ async def test_s5_a_request_that_was_cut_off_before_its_intent_is_not_carried_ou
     world.vm()
     await settled()
     request = world.request(FenceAction.OFF)
-    await killed_at(world, request, "fence.intent")
+    world.journal.slow = lambda what: 1.0 if what == "fence.intent" else 0.001
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        await asyncio.sleep(0.5)
+        asking.cancel()
+    assert request.request_id in world.journal.requests
+    assert world.journal.kinds() == []
     _, answer = await answer_after_restart(world, request)
     assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
     assert world.hypervisor.acts == []
@@ -266,6 +284,24 @@ async def test_already_off_after_a_crash_of_qemu_while_the_daemon_was_down() -> 
         answer = await again.ask(FenceAction.OFF)
         assert (answer.ok, answer.code, answer.state) == (True, FenceCode.ALREADY, PowerState.OFF)
         assert again.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("action", [FenceAction.STATUS, FenceAction.LIST])
+@virtual_time
+async def test_a_process_that_ends_unwatched_after_the_restart_is_looked_for_when_somebody_asks(
+    action: FenceAction,
+) -> None:
+    world = World()
+    identity = world.vm()
+    async with world.running():
+        await settled()
+    hypervisor = FadingHypervisor(now)
+    async with World(hypervisor, world.journal).running() as again:
+        assert again.registry.unproven(VM2)
+        hypervisor.gone.add(identity)
+        answer = await again.ask(action, "vm2" if action is FenceAction.STATUS else "")
+        states = {one.plug: one.state for one in answer.targets} | {"": answer.state}
+        assert states["vm2" if action is FenceAction.LIST else ""] is PowerState.OFF
 
 
 @virtual_time

@@ -308,6 +308,16 @@ async def test_a_vm_that_a_group_knows_by_name_only_and_that_was_never_seen_is_n
     assert_not_claimed(answer, FenceCode.UNKNOWN_PLUG)
 
 
+@virtual_time
+async def test_a_process_that_the_hypervisor_watches_is_never_told_as_ended_unwatched() -> None:
+    async with World().running() as world:
+        identity = world.vm()
+        await settled()
+        world.hypervisor.vanish(identity, watched=False)  # its event is still under way
+        world.instances.prove_absent(VM2)
+        assert [one.identity for one in world.registry.unproven(VM2)] == [identity]
+
+
 # departures (S1)
 
 

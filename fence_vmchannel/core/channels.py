@@ -10,7 +10,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from fence_vmchannel.channel_state import (
+from fence_vmchannel.core.channel_state import (
     MAX_OFFSET,
     Channel,
     ChannelInput,
@@ -19,16 +19,7 @@ from fence_vmchannel.channel_state import (
     largest_message,
     message_cost,
 )
-from fence_vmchannel.errors import (
-    ChannelClosed,
-    CloseCode,
-    CreditExceeded,
-    LocalProtocolError,
-    MessageTooLarge,
-    RemoteProtocolError,
-    ServiceRefused,
-)
-from fence_vmchannel.events import (
+from fence_vmchannel.core.events import (
     ChannelAccepted,
     ChannelOpened,
     Closed,
@@ -39,10 +30,19 @@ from fence_vmchannel.events import (
     Priority,
     Role,
 )
-from fence_vmchannel.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.core.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.errors import (
+    ChannelClosed,
+    CloseCode,
+    CreditExceeded,
+    LocalProtocolError,
+    MessageTooLarge,
+    RemoteProtocolError,
+    ServiceRefused,
+)
 
 if TYPE_CHECKING:
-    from fence_vmchannel.saved import SavedChannels
+    from fence_vmchannel.core.saved import SavedChannels
 
 BULK_IN_FLIGHT: Final = 262_144
 """Unacknowledged bytes on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
@@ -391,7 +391,7 @@ class Multiplexer:
 
     def save(self) -> SavedChannels:
         """All of it, for another process to go on with."""
-        from fence_vmchannel.saved import (  # here: most processes never need it
+        from fence_vmchannel.core.saved import (  # here: most processes never need it
             SavedChannels,
             SavedControl,
             SavedRefusal,

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from fence_vmchannel.addresses import DEFAULT_PORT, Address
+from fence_vmchannel.core.events import ChannelOpened, Opened, Reset
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, LinkError, ServiceRefused
-from fence_vmchannel.events import ChannelOpened, Opened, Reset
-from fence_vmchannel.hub_events import (
+from fence_vmchannel.hub.events import (
     HubEvent,
     PeerConnected,
     PeerDisconnected,

@@ -9,12 +9,12 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from fence_vmchannel.core.events import Priority
+from fence_vmchannel.core.frames import FRAME_COST, MAX_FRAGMENT, FrameType
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
-from fence_vmchannel.events import Priority
-from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT, FrameType
 
 if TYPE_CHECKING:
-    from fence_vmchannel.saved import SavedChannel
+    from fence_vmchannel.core.saved import SavedChannel
 
 
 class ChannelState(Enum):
@@ -166,7 +166,10 @@ class Channel:
 
     def save(self) -> SavedChannel:
         """All of it, for another process to go on with."""
-        from fence_vmchannel.saved import SavedChannel, SavedFragment  # here: most processes never need it
+        from fence_vmchannel.core.saved import (  # here: most processes never need it
+            SavedChannel,
+            SavedFragment,
+        )
 
         return SavedChannel(
             number=self.number,

@@ -12,10 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from fence_vmchannel.channels import Multiplexer
-from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.events import Event, Limits, LinkRefused, Opened, PeerIdentity, Reset, Role, Unlinked
-from fence_vmchannel.frames import (
+from fence_vmchannel.core.channels import Multiplexer
+from fence_vmchannel.core.events import (
+    Event,
+    Limits,
+    LinkRefused,
+    Opened,
+    PeerIdentity,
+    Reset,
+    Role,
+    Unlinked,
+)
+from fence_vmchannel.core.frames import (
     FIRST_SEQUENCED,
     HEADER_BYTES,
     IGNORABLE,
@@ -26,7 +34,7 @@ from fence_vmchannel.frames import (
     encode_frame,
     pack_header,
 )
-from fence_vmchannel.greeting import (
+from fence_vmchannel.core.greeting import (
     GREETING_VERSION,
     NO_SESSION,
     VERSIONS,
@@ -46,9 +54,10 @@ from fence_vmchannel.greeting import (
     encode_progress,
     encode_welcome,
 )
-from fence_vmchannel.reliability import Inbox, Outbox, why_numbers_do_not_fit
-from fence_vmchannel.session_state import SessionInput, SessionState, next_state
-from fence_vmchannel.timers import ACK_AFTER_BYTES, GreetingPace, Timers
+from fence_vmchannel.core.reliability import Inbox, Outbox, why_numbers_do_not_fit
+from fence_vmchannel.core.session_state import SessionInput, SessionState, next_state
+from fence_vmchannel.core.timers import ACK_AFTER_BYTES, GreetingPace, Timers
+from fence_vmchannel.errors import RemoteProtocolError
 
 FEATURES: Final = 0
 """Optional features of this implementation, a bit set; none exist yet."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Final
 
-from fence_vmchannel.hub_events import HubEvent, Overflow, Synced
+from fence_vmchannel.hub.events import HubEvent, Overflow, Synced
 
 QUEUE_SIZE: Final = 256
 """Events that wait for one watcher, beside a snapshot."""

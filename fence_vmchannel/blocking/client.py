@@ -16,8 +16,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from fence_vmchannel.addresses import DEFAULT_PORT, HUB_SERVICE
-from fence_vmchannel.blocking_channel import BlockingChannel
-from fence_vmchannel.blocking_shell import BlockingShell
+from fence_vmchannel.blocking.channel import BlockingChannel
+from fence_vmchannel.blocking.shell import BlockingShell
+from fence_vmchannel.core.events import (
+    PeerIdentity,
+)
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths, open_port
 from fence_vmchannel.errors import (
     ChannelClosed,
@@ -28,17 +31,14 @@ from fence_vmchannel.errors import (
     LinkError,
     PortBusy,
 )
-from fence_vmchannel.events import (
-    PeerIdentity,
-)
 from fence_vmchannel.links.local import GUEST_SOCKET
 from fence_vmchannel.links.stream import SocketLink, try_connect
 from fence_vmchannel.outcomes import request_error
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 
 if TYPE_CHECKING:
-    from fence_vmchannel.hub_events import HubEvent, HubStatus
-    from fence_vmchannel.local_protocol import HubQuery
+    from fence_vmchannel.hub.events import HubEvent, HubStatus
+    from fence_vmchannel.hub.local_protocol import HubQuery
 
 # What concerns the hub itself is imported where it is used: a fence agent never uses it, and making its many
 # dataclasses takes as long as half of the other imports.
@@ -152,7 +152,7 @@ class BlockingClient:
         Raises:
             ServiceRefused: another application offers it, or this user may not.
         """
-        from fence_vmchannel.local_protocol import OfferQuery
+        from fence_vmchannel.hub.local_protocol import OfferQuery
 
         return BlockingOffer(self._shell, self._ask(OfferQuery(service), deadline), service)
 
@@ -160,13 +160,13 @@ class BlockingClient:
 
     def watch(self, *, deadline: float) -> BlockingWatch:
         """Watch the hub; see `Client.watch`."""
-        from fence_vmchannel.local_protocol import WatchQuery
+        from fence_vmchannel.hub.local_protocol import WatchQuery
 
         return BlockingWatch(self._ask(WatchQuery(), deadline))
 
     def status(self, *, deadline: float) -> HubStatus:
         """The hub's peers and services now."""
-        from fence_vmchannel.local_protocol import StatusQuery, gather_status
+        from fence_vmchannel.hub.local_protocol import StatusQuery, gather_status
 
         items: list[bytes] = []
         with self._ask(StatusQuery(), deadline) as channel:
@@ -196,7 +196,7 @@ class BlockingClient:
     # --- inside ---
 
     def _ask(self, query: HubQuery, deadline: float) -> BlockingChannel:
-        from fence_vmchannel.local_protocol import encode_local
+        from fence_vmchannel.hub.local_protocol import encode_local
 
         return self.open(HUB_SERVICE, payload=encode_local(query), deadline=deadline)
 
@@ -258,8 +258,8 @@ class BlockingWatch:
             ChannelClosed: the hub stops.
             DeadlineExceeded: nothing happened in time.
         """
-        from fence_vmchannel.hub_events import HubEvent
-        from fence_vmchannel.local_protocol import decode_local
+        from fence_vmchannel.hub.events import HubEvent
+        from fence_vmchannel.hub.local_protocol import decode_local
 
         while True:
             data = self._channel.receive(deadline=deadline)

@@ -11,15 +11,11 @@ from typing import Final, Protocol, assert_never
 
 from fence_vmchannel.access import Credentials
 from fence_vmchannel.channel import Channel
+from fence_vmchannel.core.events import ChannelOpened, Opened, PeerIdentity, Reset
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, RemoteProtocolError
-from fence_vmchannel.events import ChannelOpened, Opened, PeerIdentity, Reset
-from fence_vmchannel.hub_events import HubStatus
-from fence_vmchannel.hub_router import Router
-from fence_vmchannel.hub_watch import Watch
-from fence_vmchannel.links.local import LocalListener
-from fence_vmchannel.links.stream import SocketLink
-from fence_vmchannel.local_protocol import (
+from fence_vmchannel.hub.events import HubStatus
+from fence_vmchannel.hub.local_protocol import (
     HubInfo,
     HubQuery,
     OfferQuery,
@@ -28,6 +24,10 @@ from fence_vmchannel.local_protocol import (
     decode_local,
     encode_local,
 )
+from fence_vmchannel.hub.router import Router
+from fence_vmchannel.hub.watch import Watch
+from fence_vmchannel.links.local import LocalListener
+from fence_vmchannel.links.stream import SocketLink
 from fence_vmchannel.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
+from fence_vmchannel.core.events import Role
 from fence_vmchannel.errors import LocalProtocolError
-from fence_vmchannel.events import Role
 
 
 class SessionState(Enum):

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from fence_vmchannel.core.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelClosed, ChannelError, CloseCode
-from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
 from fence_vmchannel.logs import quoted
 
 log = logging.getLogger(__name__)

@@ -7,15 +7,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fence_vmchannel.assembly import Assembly
-from fence_vmchannel.blocking_shell import BlockingShell
+from fence_vmchannel.blocking.shell import BlockingShell
+from fence_vmchannel.core.events import (
+    ChannelAccepted,
+    ChannelOpened,
+    Closed,
+    Data,
+    Granted,
+    Limits,
+    Priority,
+)
 from fence_vmchannel.errors import ChannelClosed, CloseCode, MessageTooLarge
-from fence_vmchannel.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Limits, Priority
 from fence_vmchannel.messages import FENCE_SERVICE
 from fence_vmchannel.outcomes import closing_error
 from fence_vmchannel.peers import PeerInfo, PeerKind
 
 if TYPE_CHECKING:
-    from fence_vmchannel.local_protocol import Origin
+    from fence_vmchannel.hub.local_protocol import Origin
 
 
 class BlockingChannel:

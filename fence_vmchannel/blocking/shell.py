@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from fence_vmchannel.connection import Connection
+from fence_vmchannel.core.connection import Connection
+from fence_vmchannel.core.events import ChannelOpened, Limits, PeerIdentity, Role
 from fence_vmchannel.errors import (
     ChannelError,
     CloseCode,
@@ -19,13 +20,12 @@ from fence_vmchannel.errors import (
     LinkError,
     RemoteProtocolError,
 )
-from fence_vmchannel.events import ChannelOpened, Limits, PeerIdentity, Role
 from fence_vmchannel.links.base import Link, wait_for
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from fence_vmchannel.shell import Shell
 
 if TYPE_CHECKING:
-    from fence_vmchannel.local_protocol import Origin
+    from fence_vmchannel.hub.local_protocol import Origin
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -97,7 +97,7 @@ class BlockingShell(Shell):
         elif len(unclaimed) >= _MAX_UNCLAIMED:
             self.close(event.channel, CloseCode.LIMIT, "the application does not keep up")
         else:
-            from fence_vmchannel.local_protocol import Origin, decode_local
+            from fence_vmchannel.hub.local_protocol import Origin, decode_local
 
             origin = decode_local(event.payload)
             if not isinstance(origin, Origin):

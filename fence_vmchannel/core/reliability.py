@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from zlib import crc32
 
-from fence_vmchannel.frames import HEADER_BYTES, Frame, FrameType, pack_identity, unpack_identity
-from fence_vmchannel.greeting import Numbers
+from fence_vmchannel.core.frames import HEADER_BYTES, Frame, FrameType, pack_identity, unpack_identity
+from fence_vmchannel.core.greeting import Numbers
 
 
 class Sent(NamedTuple):

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from fence_vmchannel.core.events import PeerIdentity
+from fence_vmchannel.core.greeting import NO_SESSION, VERSIONS
+from fence_vmchannel.core.reliability import Inbox, Outbox
+from fence_vmchannel.core.saved import SavedFrame, SavedSession
+from fence_vmchannel.core.session import FEATURES, Session
 from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.events import PeerIdentity
-from fence_vmchannel.greeting import NO_SESSION, VERSIONS
-from fence_vmchannel.reliability import Inbox, Outbox
-from fence_vmchannel.saved import SavedFrame, SavedSession
-from fence_vmchannel.session import FEATURES, Session
 
 
 def save(session: Session) -> SavedSession:

@@ -17,21 +17,21 @@ from typing import Final
 from fence_vmchannel.access import AccessRules, Credentials
 from fence_vmchannel.addresses import HUB_SERVICE, PORT_PREFIX, Address, check_service
 from fence_vmchannel.channel import Channel
-from fence_vmchannel.connection import Connection
+from fence_vmchannel.core.connection import Connection
+from fence_vmchannel.core.events import Limits, PeerIdentity, Priority, Role
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
-from fence_vmchannel.events import Limits, PeerIdentity, Priority, Role
-from fence_vmchannel.hub_events import HubEvent, HubStatus
-from fence_vmchannel.hub_local import HubService, LocalObserver, LocalServer
-from fence_vmchannel.hub_peers import Connector, Peer, PeerObserver, PeerTable, keep_linked, peer_status
-from fence_vmchannel.hub_ports import MAX_PORTS, PortConnector, follow_ports
-from fence_vmchannel.hub_router import OwnService, Router
-from fence_vmchannel.hub_watch import Watch, WatchList
+from fence_vmchannel.hub.applications import HubService, LocalObserver, LocalServer
+from fence_vmchannel.hub.events import HubEvent, HubStatus
+from fence_vmchannel.hub.peer_table import Connector, Peer, PeerObserver, PeerTable, keep_linked, peer_status
+from fence_vmchannel.hub.ports import MAX_PORTS, PortConnector, follow_ports
+from fence_vmchannel.hub.router import OwnService, Router
+from fence_vmchannel.hub.serving import Handler
+from fence_vmchannel.hub.watch import Watch, WatchList
 from fence_vmchannel.links.local import BACKLOG, LocalListener
 from fence_vmchannel.messages import FENCE_SERVICE
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
-from fence_vmchannel.serving import Handler
 from fence_vmchannel.supervisor import Supervisor
 
 DEFAULT_PRIORITIES: Final[Mapping[str, Priority]] = MappingProxyType({FENCE_SERVICE: Priority.FENCING})

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fence_vmchannel.channel_state import message_cost
-from fence_vmchannel.channels import Multiplexer
-from fence_vmchannel.errors import CloseCode, LocalProtocolError
-from fence_vmchannel.events import (
+from fence_vmchannel.core.channel_state import message_cost
+from fence_vmchannel.core.channels import Multiplexer
+from fence_vmchannel.core.events import (
     ChannelAccepted,
     ChannelOpened,
     Closed,
@@ -30,9 +29,10 @@ from fence_vmchannel.events import (
     Role,
     Unlinked,
 )
-from fence_vmchannel.frames import FRAME_COST, MAX_FRAGMENT
-from fence_vmchannel.session import Session
-from fence_vmchannel.session_state import SessionState
+from fence_vmchannel.core.frames import FRAME_COST, MAX_FRAGMENT
+from fence_vmchannel.core.session import Session
+from fence_vmchannel.core.session_state import SessionState
+from fence_vmchannel.errors import CloseCode, LocalProtocolError
 
 __all__ = [
     "FRAME_COST",
@@ -247,7 +247,10 @@ class Connection:
         """
         if self._events:
             raise LocalProtocolError("events are waiting")
-        from fence_vmchannel import handover, saved  # here: a fence agent never hands over, and starts faster
+        from fence_vmchannel.core import (  # here: a fence agent never hands over, and starts faster
+            handover,
+            saved,
+        )
 
         return saved.pack(handover.save(self._session))
 
@@ -266,7 +269,7 @@ class Connection:
         Raises:
             RemoteProtocolError: `state` is damaged, of another format version, or of another role.
         """
-        from fence_vmchannel import handover, saved
+        from fence_vmchannel.core import handover, saved
 
         connection = cls(role, identity, random_bytes=random_bytes, limits=limits)
         handover.load(connection._session, saved.unpack(state))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.hub_events import (
+from fence_vmchannel.hub.events import (
     HubEvent,
     HubStatus,
     Overflow,

@@ -15,14 +15,14 @@ from typing import Protocol
 from fence_vmchannel.access import AccessRules, Credentials
 from fence_vmchannel.addresses import HUB_SERVICE, Address, check_service, parse_address
 from fence_vmchannel.channel import Channel
+from fence_vmchannel.core.events import ChannelOpened, Priority
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelError, CloseCode, LocalProtocolError, ServiceRefused
-from fence_vmchannel.events import ChannelOpened, Priority
-from fence_vmchannel.hub_events import HubEvent, ServiceOffered, ServiceWithdrawn
-from fence_vmchannel.local_protocol import Origin, encode_local
+from fence_vmchannel.hub.events import HubEvent, ServiceOffered, ServiceWithdrawn
+from fence_vmchannel.hub.local_protocol import Origin, encode_local
+from fence_vmchannel.hub.relay import relay
+from fence_vmchannel.hub.serving import Handler, serve_channel
 from fence_vmchannel.logs import RateLimitedLog, quoted
-from fence_vmchannel.relay import relay
-from fence_vmchannel.serving import Handler, serve_channel
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
