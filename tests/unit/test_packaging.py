@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.rig.image import LAUNCHERS
+from tests.rig.programs import MODULES
 
 CHECKOUT = Path(__file__).parents[2]
 ROOTS = {
@@ -87,6 +92,24 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         if name not in sys.stdlib_module_names and name not in ALLOWED[package] | {package}
     ]
     assert wrong == []
+
+
+def test_the_readme_names_only_what_exists() -> None:
+    text = (CHECKOUT / "README.md").read_text()
+    linked = re.findall(r"\]\(([^)]+)\)", text)
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE)
+    modules = [f"{folder}{name}" for folder, what in rows for name in re.findall(r"`(\S+\.py)`", what)]
+    missing = [p for p in (*linked, *(folder for folder, _ in rows), *modules) if not (CHECKOUT / p).exists()]
+    assert rows
+    assert missing == []
+
+
+def test_the_rig_runs_the_commands_that_an_installation_brings() -> None:
+    facts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    installed = {name: target.removesuffix(":main") for name, target in facts["project"]["scripts"].items()}
+    assert installed == MODULES
+    in_guests = {Path(path).name: module for path, module in LAUNCHERS.items()}
+    assert in_guests == {name: installed[name] for name in in_guests}
 
 
 def test_every_source_file_names_its_licence() -> None:
