@@ -76,7 +76,7 @@ def test_the_host_must_answer_before_the_client_gives_up() -> None:
     host.troubles.append(Trouble(LinkError("not yet"), takes_s=5))
     ask_off(host)
     used_ms = (host.time.now - 1000) * 1000
-    assert used_ms + host.requests[0].within_ms == pytest.approx((TIMEOUT_S - 2) * 1000, abs=2)
+    assert abs(used_ms + host.requests[0].within_ms - (TIMEOUT_S - 2) * 1000) <= 2
 
 
 def test_a_request_that_is_asked_again_keeps_its_end() -> None:
@@ -87,7 +87,7 @@ def test_a_request_that_is_asked_again_keeps_its_end() -> None:
     host = FakeHost(VirtualTime(), lose, lambda request: [done(request)])
     ask_off(host)
     first, second = host.requests
-    assert first.within_ms - second.within_ms == pytest.approx(7100, abs=2)
+    assert abs(first.within_ms - second.within_ms - 7100) <= 2
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_silent_host_ends_in_no_answer_at_the_deadline_and_is_told() -> None:
     host = FakeHost(VirtualTime(), lambda _: [])
     with pytest.raises(NoAnswer, match="outcome is unknown") as caught:
         ask_off(host)
-    assert host.time.now == pytest.approx(1000 + TIMEOUT_S)
+    assert abs(host.time.now - (1000 + TIMEOUT_S)) < 0.001
     assert host.cancelled == [host.requests[0].request_id]
     assert caught.value.host == "hv1"
 
