@@ -98,9 +98,8 @@ class VmHistory:
                 self._finish(process, row.end, ended)
                 process.superseded = max(ran, default=0) > ended
             self._processes[row.identity] = process
-        lived = [self._processes[row.identity] for row in rows if _ran(row)]
-        for process in self._gone():
-            process.superseded = process.superseded or any(_forked(process, one) for one in lived)
+        for process in self._processes.values():
+            self._explain_fork(process)
         self._forget_old()
 
     def see(self, host: HostName, instance: Instance) -> Process | None:
@@ -117,6 +116,7 @@ class VmHistory:
         self._observe(process, instance)
         if process.state in EXECUTING and not was_executing:
             self._supersede(process)
+        self._explain_fork(process)
         after = process.name, to_migration(process.state)
         return process if is_new or before != after else None
 
@@ -134,7 +134,7 @@ class VmHistory:
             return process.evidence if process.evidence != known else None
         evidence = replace(evidence, departed=evidence.departed or process.state in LEAVING)
         self._finish(process, evidence, self._next())
-        process.superseded = self._lives_on(process)
+        process.superseded = self._lives_on(process) or any(_forked(process, one) for one in self.unproven())
         self._forget_old()
         return process.evidence
 
@@ -207,7 +207,7 @@ class VmHistory:
         second copy: it is no sign that the VM that left is here.
         """
         for process in self._gone():
-            if living.arrived or living.order > process.ended_order or _forked(process, living):
+            if living.arrived or living.order > process.ended_order:
                 process.superseded = True
 
     def _lives_on(self, ended: Process) -> bool:
@@ -215,7 +215,11 @@ class VmHistory:
         others = [one for one in self.unproven() if one.instance is not None and one.state in EXECUTING]
         if ended.ended_as is InstanceState.INCOMING:
             return bool(others)  # a migration that failed: its source lives
-        return any((one.arrived and one.order > ended.order) or _forked(ended, one) for one in others)
+        return any(one.arrived and one.order > ended.order for one in others)
+
+    def _explain_fork(self, living: Process) -> None:
+        for process in self._gone():
+            process.superseded = process.superseded or _forked(process, living)
 
     def _gone(self) -> Iterable[Process]:
         return (process for process in self._processes.values() if process.state is InstanceState.GONE)
@@ -245,7 +249,7 @@ def _ran(row: KnownInstance) -> bool:
 
 
 def _forked(gone: Process, living: Process) -> bool:
-    """Whether `gone` only forked `living`, in which the VM was seen to live, and waited until that had begun.
+    """Whether `gone` only forked `living`, whose monitor answers, and waited until that one had begun.
 
     So a QEMU with `-daemonize` comes to be: two processes for a moment, of which the first never has an image
     open. Anybody else's end, ours or one in a migration, is never explained away by this.
@@ -253,6 +257,7 @@ def _forked(gone: Process, living: Process) -> bool:
     end, first, second = gone.evidence, gone.identity, living.identity
     if end is None or end.departed or end.cause is not EndCause.NONE or gone.host != living.host:
         return False
-    silent = gone.ended_as is InstanceState.UNWATCHED  # its monitor never answered
+    now = living.ended_as if living.state is InstanceState.GONE else living.state
+    silent = gone.ended_as is InstanceState.UNWATCHED and now is not InstanceState.UNWATCHED
     together = first.boot_id == second.boot_id and 0 <= second.start_time - first.start_time <= FORK_TICKS
     return silent and together and first != second

@@ -320,8 +320,8 @@ def test_the_end_of_the_process_that_forked_a_daemonized_qemu_is_history(registr
     other.apply(mute(100))
     other.apply(mute(101))
     other.apply(by_itself)
-    assert other.ended(VM1) != ()  # until the VM is seen to live in the second
-    other.apply(seen(101))
+    assert other.ended(VM1) != ()  # until the second is seen to be the QEMU
+    other.apply(seen(101, run_state=RunState.PRELAUNCH))
     assert other.ended(VM1) == ()
 
 
@@ -342,7 +342,7 @@ def test_it_is_history_after_a_restart_too(registry: VmRegistry) -> None:
         (mute(100), seen(121), end(100, cause=EndCause.NONE, io=IoState.UNPROVEN)),
         (mute(101), seen(100), end(101, cause=EndCause.NONE, io=IoState.UNPROVEN)),
     ],
-    ids=["it ran the VM", "neither runs it", "killed by us", "in a migration", "long before", "after it"],
+    ids=["it ran the VM", "neither answers", "killed by us", "in a migration", "long before", "after it"],
 )
 def test_the_end_of_a_process_that_may_have_run_the_vm_stands(
     registry: VmRegistry, first: Seen, second: Seen, proof: InstanceEnded
