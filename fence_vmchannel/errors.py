@@ -56,7 +56,7 @@ class CreditExceeded(LocalProtocolError):
 
 
 class RemoteProtocolError(ChannelError):
-    """The peer broke the protocol. The object that raises it is dead and raises it again on each later call."""
+    """The peer broke the protocol. What raises it is dead, and raises it again on each later call."""
 
 
 class LinkError(ChannelError):

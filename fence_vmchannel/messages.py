@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The messages that guest and host share: the fence service and the announcement of a node's name.
 
-Each is a frozen dataclass; `encode_message` puts its kind in front, `decode_message` gives it back. Specified in
-`docs/protocol.md`, section "Messages".
+Each is a frozen dataclass; `encode_message` puts its kind in front, `decode_message` gives it back.
+Specified in `docs/protocol.md`, section "Messages".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FENCE_SERVICE: Final = "org.vmchannel.fence"
 """The host's fence service. Its ACCEPT carries a `FenceGreeting`."""
 
 MAX_PLUG = 256
-"""Longest plug, in characters. Upstream VM names are at most 255 bytes in practice; longer text is no name."""
+"""Longest plug, in characters. VM names are at most 255 bytes in practice; longer text is no name."""
 
 REQUEST_ID_BYTES = 16
 
@@ -82,7 +82,7 @@ class FenceGreeting:
 class FenceRequest:
     """Ask the host to change, or tell, the power state of a VM.
 
-    The same `request_id` never acts twice (S5). The host acts on it only until `within_ms` after `tick_ms` (S6).
+    The same `request_id` never acts twice (S5). The host acts on it until `within_ms` after `tick_ms` (S6).
     """
 
     request_id: bytes = tagged(1)  # 16 unguessable bytes, the client's choice

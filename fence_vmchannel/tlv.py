@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Typed messages as tag-length-value bytes: parse once at the edge, into frozen dataclasses.
 
-A message class is a frozen dataclass whose fields carry a tag (`tagged`). On the wire a field is a 16-bit tag, a
-32-bit length (both big-endian) and the value; unknown tags are skipped, so that fields can be added; a field
-without a default must be there. Nothing recurses deeper than the classes do, and no length is believed before it
-is checked against what is there. `docs/protocol.md`, section "Messages", is the specification.
+A message class is a frozen dataclass whose fields carry a tag (`tagged`). On the wire a field is a 16-bit
+tag, a 32-bit length (both big-endian) and the value; unknown tags are skipped, so that fields can be added; a
+field without a default must be there. Nothing recurses deeper than the classes do, and no length is believed
+before it is checked against what is there. `docs/protocol.md`, section "Messages", is the specification.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class SavedSession:
     acknowledged_check: int = tagged(11)
     received: int = tagged(12)
     received_check: int = tagged(13)
-    channels: SavedChannels = tagged(14)  # noqa: RUF009 (a field like the others; only its type is no builtin)
+    channels: SavedChannels = tagged(14)
     frames: tuple[SavedFrame, ...] = tagged(15, default=())
     peer_boot_id: str | None = tagged(5, default=None)
     peer_software: str | None = tagged(6, default=None)

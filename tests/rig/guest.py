@@ -108,7 +108,7 @@ class Guest:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self._answers():  # noqa: ASYNC110 - the guest cannot set an event of ours
+                while not await self._answers():
                     await asyncio.sleep(0.05)
         except TimeoutError as error:
             raise RigError(

@@ -95,7 +95,7 @@ class Daemon:
             RigError: it ended, or has not; the message carries its last lines.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while not path.exists():  # noqa: ASYNC240 - one stat
+        while not path.exists():
             if not self.running or asyncio.get_running_loop().time() > deadline:
                 raise RigError("the daemon did not come up:\n" + "\n".join(self.lines[-20:]))
             await asyncio.sleep(0.02)

@@ -79,7 +79,7 @@ async def guestd(
 async def until(happens: Callable[[], bool], *, timeout_s: float = 20) -> None:
     """Wait until something is so; fails after `timeout_s` seconds."""
     async with asyncio.timeout(timeout_s):
-        while not happens():  # noqa: ASYNC110 - what it looks at is not ours to set an event for
+        while not happens():
             await asyncio.sleep(0.01)
 
 

@@ -64,7 +64,7 @@ async def post(http: aiohttp.ClientSession, order: object, **headers: str) -> tu
 async def until(condition: Any) -> None:
     """Wait for what another task does."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -210,7 +210,7 @@ async def test_a_terminal_sees_progress_and_a_file_does_not(rig: AdminRig) -> No
         rig.view.go.clear()
         running = asyncio.create_task(ctl(rig, "fence", "off", "vm2", err=err))
         async with asyncio.timeout(20):
-            while shown and "step 1" not in err.getvalue():  # noqa: ASYNC110 - a thread writes it
+            while shown and "step 1" not in err.getvalue():
                 await asyncio.sleep(0.02)
         rig.view.go.set()
         ran = await running

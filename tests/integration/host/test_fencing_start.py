@@ -110,7 +110,7 @@ async def test_two_instances_that_stay_fail_the_on_and_off_ends_both(site: Site)
     vm = site.vm("twice")
     first = qemu_command(vm.spec)
     other = [word.replace(str(vm.spec.folder), f"{vm.spec.folder}b") for word in first]
-    Path(f"{vm.spec.folder}b").mkdir()  # noqa: ASYNC240 (one directory)
+    Path(f"{vm.spec.folder}b").mkdir()
     lines = [shlex.join([*first, "-S", "-daemonize"]), shlex.join([*other, "-daemonize"])]
     await off(site, vm, script(vm.spec.folder / "start", "#!/bin/sh\n" + "\n".join(lines) + "\n"))
     answer = await site.fence("on", vm, timeout_s=5)

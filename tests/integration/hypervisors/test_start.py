@@ -118,7 +118,7 @@ async def test_a_command_that_goes_on_running_is_left_alone_and_reaped_later(rig
     pid = int((rig.directory / "start-vm.pid").read_text())
     os.kill(pid, signal.SIGTERM)
     async with asyncio.timeout(10):
-        while exists(pid):  # noqa: ASYNC110 - another process's end, not an event of ours
+        while exists(pid):
             await asyncio.sleep(0.02)
 
 
