@@ -33,8 +33,9 @@ def encode(message: object) -> bytes:
     """The bytes of a message whose fields are `tagged`. `None` is left out; a tuple repeats its tag."""
     out = bytearray()
     for tag, name, _kind, _many, _spec in _layout(type(message)):
-        value = getattr(message, name)
-        for item in value if isinstance(value, tuple) else (value,):
+        value: Any = getattr(message, name)
+        items = typing.cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+        for item in items:
             if item is None:
                 continue
             raw = _encode_value(item)
@@ -135,4 +136,4 @@ def _decode_value(kind: Any, raw: bytes, where: str) -> Any:
             return kind(number) if issubclass(kind, (IntEnum, bool)) else number
         except ValueError as error:
             raise RemoteProtocolError(f"{where} has the unknown value {number}") from error
-    return decode(kind, raw)
+    return decode(typing.cast("type[object]", kind), raw)
