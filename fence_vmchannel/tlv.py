@@ -32,9 +32,9 @@ def tagged(tag: int, **keywords: Any) -> Any:
 def encode(message: object) -> bytes:
     """The bytes of a message whose fields are `tagged`. `None` is left out; a tuple repeats its tag."""
     out = bytearray()
-    for tag, name, _kind, _many, _spec in _layout(type(message)):
+    for tag, name, _kind, many, _spec in _layout(type(message)):
         value: Any = getattr(message, name)
-        items = typing.cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+        items: tuple[Any, ...] = value if many else (value,)
         for item in items:
             if item is None:
                 continue
