@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from tests.rig.guest import Completed, Guest
+from tests.rig.guest import Completed, Guest, qmp_client
 from tests.rig.image import Image
 from tests.rig.kernel import RigError
 from tests.rig.programs import Result, environment, program, run_program
@@ -154,6 +154,17 @@ class Site:
         self.vms.append(vm)
         vm.start()
         return vm
+
+    async def migrate_away(self, vm: Vm) -> None:
+        """Complete a migration of the VM to nowhere: the daemon sees its source only."""
+        async with qmp_client(vm.spec) as monitor, asyncio.timeout(_SETTLE_S):
+            await monitor.execute("migrate", {"uri": "exec:cat > /dev/null"})
+            status = ""
+            while status != "completed":
+                await asyncio.sleep(0.02)
+                info: Any = await monitor.execute("query-migrate")
+                status = info.get("status")
+                assert status != "failed", info
 
     def restartable(self, vm: Vm, *words: str) -> None:
         """Give the VM a start command: its start script, or these words."""
