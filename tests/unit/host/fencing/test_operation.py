@@ -157,6 +157,21 @@ def test_a_doubt_is_a_failure(how: dict[str, object], code: FenceCode) -> None:
     assert (op.published.outcome.ok, op.published.outcome.code) == (False, code)
 
 
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (EndCause.NONE, FenceCode.ALREADY),
+        (EndCause.QUIT, FenceCode.FAILED),
+        (EndCause.KILL, FenceCode.FAILED),
+    ],
+)
+def test_unproven_io_is_a_doubt_only_after_our_own_act(cause: EndCause, code: FenceCode) -> None:
+    op = Driven(intent())
+    op.look(ends=(ended(A, cause=cause, io=IoState.UNPROVEN),))
+    assert op.published is not None
+    assert op.published.outcome.code is code
+
+
 def test_an_unwatched_end_is_a_departure_unless_standalone() -> None:
     end = ended(A, proof=EndProof.ABSENT, cause=EndCause.NONE, io=IoState.UNPROVEN)
     for standalone, code in ((True, FenceCode.ALREADY), (False, FenceCode.MIGRATED_AWAY)):
