@@ -66,6 +66,7 @@ class Launcher:
         self._systemd_run = systemd_run
         self._environment = dict(environment)
         self._patience_s = patience_s
+        self._running: dict[VmUuid, set[asyncio.Future[int]]] = {}
 
     def replace(self, commands: Mapping[str, tuple[str, ...]]) -> None:
         """Take the commands of a reloaded configuration."""
@@ -73,6 +74,10 @@ class Launcher:
 
     def can_start(self, vm: VmUuid, name: str) -> bool:
         return self._command(vm, name) is not None
+
+    def running(self) -> frozenset[VmUuid]:
+        """VMs with a start command that has not ended: it may bring an instance at any time."""
+        return frozenset(self._running)
 
     async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
         """Run the VM's start command; return when it has exited with 0, or still runs after a while.
@@ -87,7 +92,7 @@ class Launcher:
             command = (*self._systemd_run, *command)
         output = _output_file()
         try:
-            status = await self._run(command, output, min(self._patience_s, timeout_s))
+            status = await self._run(vm, command, output, min(self._patience_s, timeout_s))
             if status is None:
                 log.info("start command still runs vm=%s", vm)
             elif status != 0:
@@ -101,7 +106,7 @@ class Launcher:
         # A UUID decides: a name may have passed to another VM.
         return self._commands.get(vm) or (self._commands.get(name) if name else None)
 
-    async def _run(self, command: tuple[str, ...], output: int, patience_s: float) -> int | None:
+    async def _run(self, vm: VmUuid, command: tuple[str, ...], output: int, patience_s: float) -> int | None:
         """Returns the exit status, or None when it still runs; it is then reaped when it ends."""
         try:
             child = _spawn(command, self._environment, output)
@@ -110,11 +115,18 @@ class Launcher:
         exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         pidfd = os.pidfd_open(child)  # cannot be another's: only we can reap it
         asyncio.get_running_loop().add_reader(pidfd, _reap, pidfd, exited)
+        self._running.setdefault(vm, set()).add(exited)
+        exited.add_done_callback(lambda done: self._ended(vm, done))
         try:
             async with asyncio.timeout(patience_s):
                 return await asyncio.shield(exited)
         except TimeoutError:
             return None
+
+    def _ended(self, vm: VmUuid, done: asyncio.Future[int]) -> None:
+        self._running[vm].discard(done)
+        if not self._running[vm]:
+            del self._running[vm]
 
 
 def _spawn(command: tuple[str, ...], environment: dict[str, str], output: int) -> int:

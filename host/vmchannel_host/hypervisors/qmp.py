@@ -129,6 +129,10 @@ class QmpHypervisor:
             for watched in live
             if watched.process.key in scan.lost
         )
+        silent.extend(
+            (vm_uuid, "its start command still runs: it may bring an instance at any time")
+            for vm_uuid in sorted(self._launcher.running() - {watched.identity.vm_uuid for watched in live})
+        )
         conflicts = [f"{problem}" for problem in scan.problems if self._concerns_us(problem)]
         for conflict in self._monitor_conflicts():
             conflicts.append(f"{conflict}")
