@@ -65,8 +65,8 @@ class Endings:
         try:
             if watched.evidence is not None:
                 return watched.evidence
-            storage = await self._quit_or_kill(watched, min(quit_timeout_s, timeout_s / 2), deadline)
-            return await self._conclude(watched, storage, began, deadline)
+            await self._quit_or_kill(watched, min(quit_timeout_s, timeout_s / 2), deadline)
+            return await self._conclude(watched, began, deadline)
         finally:
             watched.ending.release()
 
@@ -75,42 +75,49 @@ class Endings:
         await watched.process.wait_ended()
         async with watched.ending:
             if watched.evidence is None:
-                deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S
-                await self._conclude(watched, None, self._clock(), deadline)
+                deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S + self._settle_timeout_s
+                await self._conclude(watched, self._clock(), deadline)
 
-    async def _quit_or_kill(
-        self, watched: Watched, quit_timeout_s: float, deadline: float
-    ) -> OpenStorage | None:
-        """Returns what it had open when it was killed; None when it left otherwise."""
+    async def _quit_or_kill(self, watched: Watched, quit_timeout_s: float, deadline: float) -> None:
+        """Leaves in `storage_at_kill` what it had open when it was killed.
+
+        It stays when the caller goes away: whoever concludes the end has no other way to prove its writes.
+        """
         if watched.monitor is not None and watched.monitor.open:
             await self._quit(watched, watched.monitor, quit_timeout_s)
         if watched.process.ended():
-            return None
-        # As late as possible: what it opens after the look would be missed.
-        storage = await self._storage(watched)
-        try:
-            if not watched.process.ended():
-                watched.cause = EndCause.KILL
+            return
+        if watched.storage_at_kill is None:
+            # As late as possible: what it opens after the look would be missed. Never after a kill: a process
+            # that is ending shows nothing, whatever it still writes.
+            storage = await self._storage(watched)
+            try:
+                if watched.process.ended():
+                    return
                 watched.process.kill()
-            if not await _ended_by(watched, until=deadline):
-                raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
-        except BaseException:
-            storage.close()
-            raise
-        return storage
+                watched.cause, watched.storage_at_kill = EndCause.KILL, storage
+            finally:
+                if watched.storage_at_kill is not storage:
+                    storage.close()
+        else:
+            watched.process.kill()
+        if not await _ended_by(watched, until=deadline):
+            raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
 
     async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> None:
         """Ask QEMU to leave, and wait until it has, has refused, or `timeout_s` is over."""
         watched.cause = EndCause.QUIT
         until = asyncio.get_running_loop().time() + timeout_s
         async with asyncio.TaskGroup() as tasks:
-            asking = tasks.create_task(_ask_to_quit(monitor, timeout_s), name="quit")
+            asking = tasks.create_task(_ask_to_quit(watched, monitor, timeout_s), name="quit")
             ending = tasks.create_task(_ended_by(watched, until=until), name="end after quit")
             await asyncio.wait((asking, ending), return_when=asyncio.FIRST_COMPLETED)
             if asking.done() and not asking.result():
                 ending.cancel()
             else:
                 await asyncio.wait((ending,))
+                if ending.result():  # its stream has ended too: the answer is in it or will not come
+                    await asyncio.wait((asking,), timeout=STREAM_TIMEOUT_S)
             asking.cancel()
 
     async def _storage(self, watched: Watched) -> OpenStorage:
@@ -124,17 +131,11 @@ class Endings:
         except NotProven as error:
             return OpenStorage((), f"{error}")
 
-    async def _conclude(
-        self, watched: Watched, storage: OpenStorage | None, began: float, deadline: float
-    ) -> InstanceEnded:
+    async def _conclude(self, watched: Watched, began: float, deadline: float) -> InstanceEnded:
         """The pidfd has fired: gather the rest of the evidence and report it."""
         elapsed_ms = round((self._clock() - began) * 1000)
-        try:
-            read_to_end = await _read_to_end(watched.monitor)
-            io = await self._io_state(watched, storage, deadline)
-        finally:
-            if storage is not None:
-                storage.close()
+        read_to_end = await _read_to_end(watched.monitor)
+        io = await self._io_state(watched, watched.storage_at_kill, deadline)
         if not read_to_end:
             log.warning("the monitor's stream did not end with its process: %s", watched.identity)
         evidence = InstanceEnded(
@@ -180,7 +181,7 @@ class Endings:
         return IoState.SETTLED if settled else IoState.UNPROVEN
 
 
-async def _ask_to_quit(monitor: Monitor, timeout_s: float) -> bool:
+async def _ask_to_quit(watched: Watched, monitor: Monitor, timeout_s: float) -> bool:
     """Send `quit`. False when QEMU refused it; a lost or late answer says nothing."""
     try:
         await monitor.execute("quit", timeout_s=timeout_s)
@@ -189,16 +190,18 @@ async def _ask_to_quit(monitor: Monitor, timeout_s: float) -> bool:
         return False
     except MonitorError:
         return True
+    watched.quit_taken = True
     return True
 
 
 def _left_by_itself(watched: Watched, exit_status: int | None) -> bool:
     """Whether QEMU went the way on which it drains and closes its images.
 
-    `quit` was answered by an end; a SHUTDOWN event alone may have been followed by somebody's SIGKILL.
+    `quit` was taken, then it ended; a SHUTDOWN event alone may have been followed by a SIGKILL. A `quit`
+    without an answer may have met a QEMU that was crashing: then its exit status must say so.
     """
     if watched.cause is EndCause.QUIT:
-        return exit_status in (0, None)
+        return exit_status == 0 or (exit_status is None and watched.quit_taken)
     return watched.cause is EndCause.NONE and watched.shutdown_seen and exit_status == 0
 
 

@@ -95,13 +95,11 @@ def look_at_storage(pid: int, command: CommandLine, *, proc: Path = Path("/proc"
     sockets: set[str] = set()
     try:
         memory = _memory_devices(base)
-        # 0 to 2 are what its starter gave it: a log file, the system log's socket.
-        names = [name for name in os.listdir(base / "fd") if int(name) > 2]
-        if len(names) > MAX_FILES:
-            raise _Unprovable(f"it has more than {MAX_FILES} files open")
+        names = _descriptors(base)
         for name in names:
             _look_at_descriptor(base, name, memory, files, sockets)
         _check_sockets(base, sockets)
+        _descriptors(base)
     except (OSError, ValueError, _Unprovable) as error:
         _close_all(files)
         return OpenStorage((), f"{error}")
@@ -126,6 +124,18 @@ async def wait_settled(probe: Callable[[], Awaitable[bool]], *, until: float, po
 
 class _Unprovable(Exception):
     pass
+
+
+def _descriptors(base: Path) -> list[str]:
+    """The numbers of its descriptors. One that is ending shows none, while its threads may still write."""
+    everything = os.listdir(base / "fd")
+    if not everything:
+        raise _Unprovable("it shows no open files: it is ending")
+    # 0 to 2 are what its starter gave it: a log file, the system log's socket.
+    names = [name for name in everything if int(name) > 2]
+    if len(names) > MAX_FILES:
+        raise _Unprovable(f"it has more than {MAX_FILES} files open")
+    return names
 
 
 def _look_at_descriptor(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
+from vmchannel_host.hypervisors.image_locks import OpenStorage
 from vmchannel_host.hypervisors.process import ProcessKey, VerifiedProcess
 from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.hypervisors.qmp_state import MonitorFacts, migration_after_event
@@ -42,6 +43,8 @@ class Watched:
         self.migration_events = 0  # heard so far
         self.shutdown_seen = False  # QEMU said that it leaves by itself
         self.cause = EndCause.NONE  # the strongest thing that we did to it
+        self.quit_taken = False  # QEMU has said that it carries out our `quit`
+        self.storage_at_kill: OpenStorage | None = None  # what it had open then; closed with its end
         self.evidence: InstanceEnded | None = None
         self.ending = asyncio.Lock()  # held by whoever ends it or concludes that it has ended
 
@@ -68,6 +71,12 @@ class Watched:
             monitor=self.monitor.path if self.monitor and answering else "",
             configured=self.configured,
         )
+
+    def drop_storage(self) -> None:
+        """Close what `storage_at_kill` holds open."""
+        if self.storage_at_kill is not None:
+            self.storage_at_kill.close()
+            self.storage_at_kill = None
 
     def learn(self, facts: MonitorFacts, *, asked_at: int) -> None:
         """Take a monitor's answers.
@@ -196,6 +205,7 @@ class InstanceTable:
         while len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
         self._queue.put(Ended(evidence))
+        watched.drop_storage()
         watched.process.close()
 
     def ended(self, identity: ProcessIdentity) -> InstanceEnded | None:
@@ -214,6 +224,7 @@ class InstanceTable:
     def close(self) -> None:
         """Give all pidfds back."""
         for watched in self._watched.values():
+            watched.drop_storage()
             watched.process.close()
         self._watched.clear()
         self._last_seen.clear()
