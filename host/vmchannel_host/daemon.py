@@ -214,7 +214,7 @@ class Daemon:
             clock=parts.clock,
             random_bytes=parts.random_bytes,
         ) as hub:
-            ports = VmPorts(hub, config.ports.prefix, parts.peers)
+            ports = VmPorts(hub, config.ports.prefix, parts.peers, self._hypervisor.look_at_ports)
             reporter = Reporter(registry, ports, service, feed, parts.wall_clock)
             instances.subscribe(reporter.on_instance)
             hub.offer(FENCE_SERVICE, FenceChannels(answers, reporter.on_guest).serve)

@@ -92,6 +92,7 @@ class Reporter:
     def _on_hub(self, event: HubEvent) -> None:
         match event:
             case PeerConnected():
+                self._ports.greeted(VmUuid(event.key), event.port)
                 text = f"session {event.session[:8]}{' resumed' if event.resumed else ''}"
                 self._tell("port.connected", f"{event.port}: {text}", VmUuid(event.key))
             case PeerDisconnected():

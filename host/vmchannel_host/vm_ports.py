@@ -33,11 +33,21 @@ class VmPort:
 class VmPorts:
     """The ports that are served. One instance of a VM speaks for it: the running one before any other."""
 
-    def __init__(self, hub: Hub, prefix: str, peers: ChardevPeers) -> None:
-        """`prefix`: of the names of ports to serve; `peers` checks who listens behind a chardev's socket."""
+    def __init__(
+        self, hub: Hub, prefix: str, peers: ChardevPeers, look: Callable[[ProcessIdentity], None]
+    ) -> None:
+        """Serve no port yet.
+
+        Args:
+            hub: gets the ports as peers.
+            prefix: of the names of ports to serve.
+            peers: checks who listens behind a chardev's socket.
+            look: has the hypervisor ask anew whether an instance's guest has its ports open.
+        """
         self._hub = hub
         self._prefix = prefix
         self._peers = peers
+        self._look = look
         self._served: dict[tuple[VmUuid, PortName], tuple[VmPort, PeerInfo]] = {}
 
     def update(self, vm: VmUuid, instances: Iterable[Instance]) -> None:
@@ -58,6 +68,15 @@ class VmPorts:
             self._served[key] = (want, peer)
             if served.port.guest_open and not want.port.guest_open:
                 self._hub.guest_closed(peer)
+
+    def greeted(self, vm: VmUuid, port: str) -> None:
+        """The guest spoke on that port. If the hypervisor called it closed, its word is old.
+
+        Only a port that was known to be open can be seen to close.
+        """
+        found = self._served.get((vm, PortName(port)))
+        if found is not None and not found[0].port.guest_open:
+            self._look(found[0].identity)
 
     def served(self) -> tuple[VmPort, ...]:
         """All ports that are attached now."""

@@ -117,6 +117,9 @@ class FakeHypervisor:
         while True:
             yield await self._events.get()
 
+    def look_at_ports(self, identity: ProcessIdentity) -> None:
+        """Its ports never change."""
+
     async def look(self, *, timeout_s: float) -> Look:
         self.looks += 1
         self._begun("look").set()

@@ -50,6 +50,10 @@ class Hypervisor(Protocol):
         """All changes, in order, from the moment of the call. One consumer."""
         ...
 
+    def look_at_ports(self, identity: ProcessIdentity) -> None:
+        """Find out soon whether that instance's guest has its ports open: it spoke on one. Does not wait."""
+        ...
+
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory."""
         ...

@@ -27,7 +27,7 @@ from vmchannel_host.hypervisors.qmp_monitor import (
     read_uuid,
     watch_migration,
 )
-from vmchannel_host.model import NIL_UUID, Migration, VmUuid
+from vmchannel_host.model import NIL_UUID, Migration, ProcessIdentity, VmUuid
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,12 @@ class SocketFollower:
     def retry_now(self) -> None:
         """The socket at the path is another one: do not wait for the next attempt."""
         self._retry.set()
+
+    def look_at_ports(self, identity: ProcessIdentity) -> None:
+        """Ask for the ports anew if they are that instance's. QEMU may tell of them late, or not at all."""
+        if self._watched is not None and self._watched.identity == identity:
+            self._ports_dirty = True
+            self._dirty.set()
 
     async def refresh(self, *, timeout_s: float) -> None:
         """Ask run state and migration afresh; no answer makes the instance UNKNOWN. Never raises."""

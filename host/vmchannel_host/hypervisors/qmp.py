@@ -112,6 +112,11 @@ class QmpHypervisor:
         """All changes from now on, after one Seen for each live instance. One consumer."""
         return self._table.events()
 
+    def look_at_ports(self, identity: ProcessIdentity) -> None:
+        """See `Hypervisor`."""
+        for follower, _ in self._followers.values():
+            follower.look_at_ports(identity)
+
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh. A VM of which nothing can be said is in `silent`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 from tests.integration.hypervisors.qemu_rig import (
     FAKE,
@@ -49,6 +50,17 @@ async def test_a_guest_that_opens_or_closes_a_port_without_an_id_is_noticed_thou
     async with watching(rig.directory, executables=(*EXECUTABLES, FAKE), timings=only_ports) as host:
         await host.until(qemu, lambda i: any(port.guest_open for port in i.ports))
         await host.until(qemu, lambda i: not any(port.guest_open for port in i.ports))
+
+
+async def test_ports_are_looked_at_when_asked_for(rig: Rig) -> None:
+    qemu = rig.scripted("opens-and-closes-its-port-in-silence")
+    never = Timings(poll_s=600.0, port_poll_s=600.0)
+    async with watching(rig.directory, executables=(*EXECUTABLES, FAKE), timings=never) as host:
+        instance = await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
+        while not any(port.guest_open for port in instance.ports):
+            host.hypervisor.look_at_ports(instance.identity)
+            with suppress(TimeoutError):
+                instance = await host.until(qemu, lambda i: i.ports[0].guest_open, timeout_s=0.2)
 
 
 async def test_a_look_right_after_the_start_of_the_daemon_finds_states_not_unknowns(rig: Rig) -> None:
