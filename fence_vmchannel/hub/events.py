@@ -132,6 +132,7 @@ class PeerStatus:
     sent_bytes: int = tagged(9)
     detail: str = tagged(10, default="")  # why it is not connected, as far as known
     key: str = tagged(11, default="")
+    boot_id: str = tagged(13, default="")  # of the peer's kernel, as it said in its greeting: untrusted text
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,7 @@ def peer_status(peer: Peer) -> PeerStatus:
         connected=connection.opened,
         session=connection.session_id.hex(),
         software=said.software if said is not None else "",
+        boot_id=said.boot_id if said is not None else "",
         channels=connection.channels,
         received_bytes=peer.endpoint.received_bytes,
         sent_bytes=peer.endpoint.sent_bytes,

@@ -7,9 +7,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import fence_vmchannel
@@ -17,7 +18,7 @@ from fence_vmchannel.access import ROOT_ONLY, AccessRules
 from fence_vmchannel.core.events import Limits, PeerIdentity
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub, boot_clock
-from fence_vmchannel.messages import FENCE_SERVICE
+from fence_vmchannel.messages import FENCE_SERVICE, REQUEST_ID_BYTES, FenceAction, FenceAnswer
 from vmchannel_host.admin.daemon_view import Health, View
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.listener import AdminSocketError
@@ -31,7 +32,7 @@ from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Ordered
 from vmchannel_host.fencing.run import FenceSettings, Shell
-from vmchannel_host.fencing.service import FenceService
+from vmchannel_host.fencing.service import FenceService, Requester
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.launch import Launcher
@@ -40,11 +41,13 @@ from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError
+from vmchannel_host.model import VmUuid
 from vmchannel_host.notify import Notifier
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
 from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.reporter import Reporter
+from vmchannel_host.returned_memory import ReturnedMemory
 from vmchannel_host.vm_ports import VmPorts
 
 FIRST_LOOK_S: Final = 10.0
@@ -233,7 +236,19 @@ class Daemon:
                 clock=parts.clock,
             )
             admin = AdminServer(view, metrics, config.paths.admin_socket)
-            await self._serve(hub, admin, instances, coordinator, tasks, reporter, journal)
+            returned = ReturnedMemory(journal, hub.status, partial(self._destroy, answers), tasks)
+            followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
+            await self._serve(hub, admin, instances, coordinator, tasks, followers, journal)
+
+    async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:
+        """Fence a VM on the daemon's own account."""
+        request = answers.operator_request(
+            self._parts.random_bytes(REQUEST_ID_BYTES),
+            FenceAction.OFF,
+            vm,
+            self._settings.config.fencing.timeout_s,
+        )
+        return await answers.answer(request, Requester(None, f"vmchanneld: {reason}"))
 
     async def _serve(
         self,
@@ -242,7 +257,7 @@ class Daemon:
         instances: Instances,
         coordinator: Coordinator,
         tasks: Tasks,
-        reporter: Reporter,
+        followers: Iterable[Coroutine[object, object, None]],
         journal: Journal,
     ) -> None:
         failure: Exception | None = None
@@ -251,7 +266,8 @@ class Daemon:
                 group.create_task(self._hypervisor.run(), name="hypervisor")
                 group.create_task(instances.run(), name="instances")
                 group.create_task(tasks.run(), name="fencing")
-                group.create_task(reporter.follow(hub.watch()), name="reporter")
+                for follower in followers:
+                    group.create_task(follower, name="follower")
                 group.create_task(self._follow_journal(journal), name="journal check")
                 group.create_task(self._feed_watchdog(), name="watchdog")
                 try:

@@ -237,8 +237,8 @@ def _io_doubt(claim: Claim, rules: Rules) -> Doubt | None:
     if not rules.settle:
         return None
     for end in _ends(claim):
-        # `after_kill` is about our own act. An end without us counts by the rule of *already off*; nobody held
-        # a list of its files to probe, and a crashed QEMU that could never be called off would help nobody.
+        # `after_kill` is about our own act. An end without us counts by the rule of *already off*: nobody
+        # held a list of its files, and a crashed QEMU that could never be called off would help nobody.
         if end.io is IoState.UNPROVEN and end.cause is not EndCause.NONE:
             return Doubt(
                 FenceCode.FAILED,

@@ -52,6 +52,8 @@ _SCHEMA: Final = (
     "CREATE INDEX instances_of_vm ON instances (vm_uuid)",
     """CREATE TABLE aliases (vm_uuid TEXT NOT NULL, refused INTEGER NOT NULL, node_name BLOB NOT NULL,
         source TEXT NOT NULL, claimed_at REAL NOT NULL, PRIMARY KEY (vm_uuid, refused)) WITHOUT ROWID""",
+    """CREATE TABLE guest_boots (vm_uuid TEXT NOT NULL, boot_id TEXT NOT NULL, seen_seq INTEGER NOT NULL,
+        PRIMARY KEY (vm_uuid, boot_id)) WITHOUT ROWID""",
     """CREATE TABLE requests (request_id BLOB PRIMARY KEY, requester TEXT NOT NULL, digest BLOB NOT NULL,
         operation TEXT NOT NULL, deadline REAL NOT NULL, boot_id TEXT NOT NULL, stored_at REAL NOT NULL,
         answer BLOB)""",

@@ -206,6 +206,13 @@ class Journal:
         """All claims that stand, oldest first."""
         return await self._call(tables.aliases, timeout_s)
 
+    # guests
+    async def remember_boot(
+        self, vm_uuid: VmUuid, boot_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> int:
+        """Store that a guest spoke with this kernel boot id; return the last record before its first sight."""
+        return await self._call(lambda store: tables.remember_boot(store, vm_uuid, boot_id), timeout_s)
+
     # requests
     async def remember_request(
         self,

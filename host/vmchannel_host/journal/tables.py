@@ -33,6 +33,9 @@ from vmchannel_host.model import (
 MAX_ANSWER = 65_536
 """Largest stored answer, in bytes."""
 
+MAX_BOOTS = 64
+"""Kernel boots that are remembered of one VM: its guest chooses the ids, so their number is bounded."""
+
 _NONE = OperationId("")
 
 
@@ -134,6 +137,23 @@ def aliases(store: JournalStore) -> list[StoredAlias]:
         StoredAlias(VmUuid(vm), _text(name), source, claimed_at, bool(refused))
         for vm, name, source, claimed_at, refused in rows
     ]
+
+
+def remember_boot(store: JournalStore, vm_uuid: VmUuid, boot_id: str) -> int:
+    """Where in the chain a guest's kernel boot was first seen; the oldest beyond MAX_BOOTS are forgotten."""
+    row = store.connection.execute(
+        "SELECT seen_seq FROM guest_boots WHERE vm_uuid = ? AND boot_id = ?", (vm_uuid, boot_id)
+    ).fetchone()
+    if row is not None:
+        return int(row[0])
+    seen = store.last_seq
+    store.connection.execute("INSERT INTO guest_boots VALUES (?, ?, ?)", (vm_uuid, boot_id, seen))
+    store.connection.execute(
+        """DELETE FROM guest_boots WHERE vm_uuid = ?1 AND boot_id != ?2 AND boot_id NOT IN (
+            SELECT boot_id FROM guest_boots WHERE vm_uuid = ?1 ORDER BY seen_seq DESC LIMIT ?3)""",
+        (vm_uuid, boot_id, MAX_BOOTS),
+    )
+    return seen
 
 
 def remember_request(store: JournalStore, request: StoredRequest) -> None:

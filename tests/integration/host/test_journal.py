@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.host.journal_rig import BOOT, HOST, OP1, OP2, VM1, VM2, JournalRig, ended, process
+from vmchannel_host.journal.tables import MAX_BOOTS
 from vmchannel_host.journal.types import (
     JournalBusy,
     JournalCorrupt,
@@ -493,3 +494,28 @@ async def test_the_journal_can_be_read_by_others_while_it_is_open(rig: JournalRi
         with closing(sqlite3.connect(rig.path)) as connection:
             assert connection.execute("SELECT count(*) FROM records").fetchone() == (1,)
         await journal.append("host.note", OP1, {})
+
+
+# guests
+async def test_a_kernel_boot_is_remembered_where_it_was_first_seen(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        first = await journal.remember_boot(VM1, "boot-1")
+        await journal.append("fence.intent", OP1, {"action": "off", "vm": VM1})
+        assert await journal.remember_boot(VM1, "boot-1") == first
+        assert await journal.remember_boot(VM1, "boot-2") == first + 1
+    async with rig.opened() as journal:
+        assert await journal.remember_boot(VM1, "boot-1") == first
+
+
+async def test_a_guest_cannot_fill_the_journal_with_boots(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        for number in range(MAX_BOOTS + 20):
+            await journal.append("fence.check", OP1, {})
+            await journal.remember_boot(VM1, f"boot-{number}")
+        before = journal.last_seq
+        assert (
+            await journal.remember_boot(VM1, f"boot-{MAX_BOOTS + 19}") == before
+        )  # the newest is still there
+        assert await journal.remember_boot(VM1, "boot-0") == before  # forgotten, so it is new
+        await journal.append("fence.check", OP1, {})
+        assert await journal.remember_boot(VM1, f"boot-{MAX_BOOTS + 19}") == before
