@@ -35,6 +35,9 @@ _PIDFD_INFO = struct.Struct("QQ11Ii")
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _PIDFD_INFO_EXIT = 1 << 3
 
+MAX_ROUNDS = 8
+"""How often a scan lists /proc: a QEMU forks twice, and others that come and go must not hold it up."""
+
 ProcessKey = tuple[int, int]
 """(pid, start time): one process of this boot."""
 
@@ -100,6 +103,7 @@ class VerifiedProcess:
         self.identity = identity
         self.command = command
         self._pidfd = pidfd
+        self._had_ended = False  # when the pidfd was closed
         self._ended: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -108,8 +112,11 @@ class VerifiedProcess:
         return (self.identity.pid, self.identity.start_time)
 
     def ended(self) -> bool:
-        """Whether the pidfd says that the process, with all its threads, has ended. Does not block."""
-        return self._pidfd < 0 or _readable(self._pidfd)
+        """Whether the pidfd says that the process, with all its threads, has ended. Does not block.
+
+        A pidfd that was closed says what it said then.
+        """
+        return self._had_ended if self._pidfd < 0 else _readable(self._pidfd)
 
     def exit_status(self, proc: Path = Path("/proc")) -> int | None:
         """The wait status of the process that has ended, when the kernel still tells; None when not.
@@ -156,6 +163,7 @@ class VerifiedProcess:
             return
         if self._loop is not None and self._ended is not None and not self._ended.is_set():
             self._loop.remove_reader(self._pidfd)
+        self._had_ended = _readable(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
 
@@ -213,6 +221,9 @@ class ProcessTable:
         Of a process in `known` (its pidfd is held, so it was identified) only start time and executable are
         read again: its command line can block as long as a hung process holds its memory map.
 
+        A QEMU that becomes a daemon forks and leaves, maybe between the listing and its turn: while one that
+        was listed is gone at its turn, what began since is looked at too.
+
         Raises:
             HypervisorError: /proc does not show all processes.
         """
@@ -220,9 +231,14 @@ class ProcessTable:
         pids = self._pids()
         if 1 not in pids:
             raise HypervisorError(f"{self.proc} hides processes (hidepid?): a scan proves nothing")
+        new = pids
         try:
-            for pid in pids:
-                self._scan_one(pid, known, scan)
+            for _ in range(MAX_ROUNDS):
+                there = [self._scan_one(pid, known, scan) for pid in new]
+                if all(there):
+                    break
+                earlier, pids = frozenset(pids), self._pids()
+                new = [pid for pid in pids if pid not in earlier]
         except BaseException:
             scan.close()
             raise
@@ -282,21 +298,25 @@ class ProcessTable:
         finally:
             os.close(pidfd)
 
-    def _scan_one(self, pid: int, known: frozenset[ProcessKey], scan: Scan) -> None:
+    def _scan_one(self, pid: int, known: frozenset[ProcessKey], scan: Scan) -> bool:
+        """Returns whether it was there to be looked at."""
         try:
             if not self._may_be_vm(pid):
-                return
+                return True
             key = (pid, self._stat(pid).start_time)
             if key in known:
                 scan.lost.discard(key)
-                return
+                return True
             scan.new.append(self.open(pid))
-        except (ProcessGone, NotAVm, FileNotFoundError, ProcessLookupError):
-            return
+        except (ProcessGone, FileNotFoundError, ProcessLookupError):
+            return False
+        except NotAVm:
+            return True
         except Unidentified as problem:
             scan.problems.append(problem)
         except (OSError, ValueError) as error:
             scan.problems.append(Unidentified(f"pid {pid}: {error}"))
+        return True
 
     def _pids(self) -> list[int]:
         try:
@@ -310,6 +330,8 @@ class ProcessTable:
             executable = self._executable(pid)
         except PermissionError:
             return self._looks_like_vm(pid)
+        if executable == "" and self._stat(pid).state in "ZX":
+            raise ProcessGone(f"pid {pid} has ended")
         return executable != "" and self._matches(executable)
 
     def _identify(self, pid: int) -> tuple[ProcessIdentity, CommandLine]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -59,6 +60,12 @@ class Processes:
         process = VerifiedProcess(who, CommandLine((who.vm_uuid,), name), reader)
         self._made.append(process)
         return process
+
+    def holds(self, process: VerifiedProcess) -> bool:
+        """Whether its pidfd is open: a pipe that nobody can read any more is an error for its writer."""
+        poll = select.poll()
+        poll.register(self._writers[self._made.index(process)], 0)
+        return not poll.poll(0)
 
     def close(self) -> None:
         for process in self._made:
@@ -121,7 +128,8 @@ def test_a_process_is_watched_once_and_the_second_pidfd_is_given_back(processes:
     table = InstanceTable()
     first, second = processes.make(identity()), processes.make(identity())
     assert table.adopt(first) is table.adopt(second)
-    assert second.ended()  # a closed pidfd says so
+    assert processes.holds(first)
+    assert not processes.holds(second)
     assert not first.ended()
 
 
