@@ -128,6 +128,20 @@ async def test_a_monitor_socket_that_is_removed_while_it_is_used_goes_on_working
     await assert_off_is_proven(site, vm, by="by quit")
 
 
+PANIC = bytes([0xBA, 0x05, 0x05, 0xB0, 0x01, 0xEE, 0xF4])
+"""A machine's first instructions: tell the pvpanic device, at port 0x505, of a panic, and halt."""
+
+
+async def test_a_vm_whose_guest_told_its_panic_is_not_off_and_is_fenced(site: Site) -> None:
+    firmware = site.folder / "panic.bin"
+    firmware.write_bytes(bytes(0xFFF0) + PANIC.ljust(16, b"\xf4"))
+    device = ("-device", "pvpanic", "-action", "panic=pause", "-bios", str(firmware))
+    vm = site.vm("panicked", machine="q35", extra=device)
+    await site.until_run_state(vm, "guest-panicked")
+    await assert_not_off(site, vm)
+    await assert_off_is_proven(site, vm, by="by quit")
+
+
 async def test_a_destination_of_a_migration_is_not_off_and_is_fenced(site: Site) -> None:
     vm = site.vm("incoming", machine="q35", extra=("-incoming", "defer"))
     await site.until_run_state(vm, "inmigrate")
