@@ -57,7 +57,7 @@ MAX_LINES: Final = 64
 """Lines of evidence in an outcome; a record of the journal has a bound too."""
 
 MAX_JOINS: Final = 8
-"""How many newcomers may make an `off` look once more: their number must not keep it from its end."""
+"""How many newcomers may make it look once more: their number must not keep it from its end."""
 
 RESET_SHARE: Final = 0.25
 """Part of the time left that a reset may take, so that `off` and `start` can still follow (S8)."""
@@ -67,6 +67,9 @@ MAX_RESET_S: Final = 5.0
 
 MAX_RESERVE_S: Final = 0.25
 """The operation concludes this long before its end, so that its outcome is delivered in time."""
+
+_LOOKING_FOR_ALL: Final = (OperationState.SURVEYING, OperationState.LOOKING)
+_REBOOTED: Final = (OperationState.CHECKING, OperationState.STARTING)
 
 
 class Operation:
@@ -113,12 +116,15 @@ class Operation:
     def joinable(self) -> bool:
         """Whether one who asks for the same now may share the outcome.
 
-        An `off` that has nearly ended says nothing about what exists only now: ask again after it.
+        What has nearly ended says nothing about what exists only now, nor does a reboot whose reset or off
+        lies behind it: ask again after it.
         """
         if self.final or self._state is OperationState.CONCLUDING:
             return False
-        many = self._state is OperationState.LOOKING and self._joins >= MAX_JOINS
-        return not (many and self.intent.action is FenceAction.OFF)
+        if self.intent.action is FenceAction.REBOOT and self._state in _REBOOTED:
+            return False
+        many = self._state in _LOOKING_FOR_ALL and self._joins >= MAX_JOINS
+        return not (many and self.intent.action is not FenceAction.ON)
 
     @property
     def history(self) -> tuple[str, ...]:
@@ -182,7 +188,7 @@ class Operation:
                 assert_never(event)
 
     def _joined(self) -> tuple[Command, ...]:
-        if self.intent.action is not FenceAction.OFF or self._state is not OperationState.LOOKING:
+        if self.intent.action is FenceAction.ON or self._state not in _LOOKING_FOR_ALL:
             return ()
         # The look under way was asked for before the newcomer asked: it proves nothing for it.
         self._joins += 1
