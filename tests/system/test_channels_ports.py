@@ -54,8 +54,9 @@ async def plug(guest: Guest, name: str) -> None:
     socket = {"type": "unix", "data": {"path": path}}
     backend = {"type": "socket", "data": {"addr": socket, "server": True, "wait": False}}
     await guest.qmp("chardev-add", id="second", backend=backend)
-    device = {"driver": "virtserialport", "bus": "vserial.0", "chardev": "second", "name": name}
-    await guest.qmp("device_add", id="vsecond", **device)
+    await guest.qmp(
+        "device_add", driver="virtserialport", bus="vserial.0", chardev="second", id="vsecond", name=name
+    )
 
 
 async def unplug(guest: Guest) -> None:
