@@ -105,6 +105,21 @@ class _Settings:
         self.config, self.policy = config, Policy.from_config(config)
 
 
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """What one run of the daemon is made of, beside its hub."""
+
+    journal: Journal
+    instances: Instances
+    names: AliasTable
+    coordinator: Coordinator
+    service: FenceService
+    answers: Metered
+    tasks: Tasks
+    metrics: Metrics
+    feed: Feed
+
+
 class Daemon:
     """The host daemon. `run` once; `stop` and `reload` from the same event loop."""
 
@@ -173,28 +188,39 @@ class Daemon:
             await journal.close()
 
     async def _run_with(self, journal: Journal) -> None:
+        core = self._build_core(journal)
+        try:
+            await core.instances.restore()
+            core.names.restore(await journal.aliases())
+        except JournalError as error:
+            raise StartError(f"the journal cannot be read: {error}") from error
+        self._coordinator = core.coordinator
+        async with self._build_hub() as hub:
+            ports = VmPorts(
+                hub, self._settings.config.ports.prefix, self._parts.peers, self._hypervisor.look_at_ports
+            )
+            reporter = Reporter(self._registry, ports, core.service, core.feed, self._parts.wall_clock)
+            core.instances.subscribe(reporter.on_instance)
+            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest).serve)
+            returned = ReturnedMemory(journal, hub.status, partial(self._destroy, core.answers), core.tasks)
+            followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
+            await self._serve(core, hub, self._build_admin(core, hub, ports), followers)
+
+    def _build_core(self, journal: Journal) -> _Core:
+        """What fences, whoever asks."""
         config, parts = self._settings.config, self._parts
-        registry = self._registry
         instances = Instances(
             host=config.host,
-            registry=registry,
+            registry=self._registry,
             hypervisor=self._hypervisor,
             absence=parts.processes.absence,
             store=journal,
             clock=parts.clock,
         )
-        names = AliasTable()
-        try:
-            await instances.restore()
-            names.restore(await journal.aliases())
-        except JournalError as error:
-            raise StartError(f"the journal cannot be read: {error}") from error
-        tasks = Tasks()
+        names, tasks, metrics = AliasTable(), Tasks(), Metrics()
         bus = LocalBus[Ordered](config.host)
         shell = Shell(bus, self._hypervisor, instances, journal, parts.clock, tasks)
-        self._coordinator = coordinator = Coordinator(shell, _fence_settings(config), parts.processes.boot_id)
-        feed = Feed()
-        metrics = Metrics()
+        coordinator = Coordinator(shell, _fence_settings(config), parts.processes.boot_id)
         service = FenceService(
             host=config.host,
             boot_id=parts.processes.boot_id,
@@ -209,36 +235,35 @@ class Daemon:
             random_bytes=parts.random_bytes,
         )
         answers = Metered(service, metrics.operation_answered, parts.clock)
-        async with Hub(
+        return _Core(journal, instances, names, coordinator, service, answers, tasks, metrics, Feed())
+
+    def _build_hub(self) -> Hub:
+        config, parts = self._settings.config, self._parts
+        return Hub(
             PeerIdentity(parts.processes.boot_id, f"vmchanneld {fence_vmchannel.__version__}"),
             access=AccessRules(open_default=ROOT_ONLY, offer_default=ROOT_ONLY),
             limits=Limits(channels=config.limits.channels),
             max_clients=config.limits.clients,
             clock=parts.clock,
             random_bytes=parts.random_bytes,
-        ) as hub:
-            ports = VmPorts(hub, config.ports.prefix, parts.peers, self._hypervisor.look_at_ports)
-            reporter = Reporter(registry, ports, service, feed, parts.wall_clock)
-            instances.subscribe(reporter.on_instance)
-            hub.offer(FENCE_SERVICE, FenceChannels(answers, reporter.on_guest).serve)
-            view = View(
-                host=config.host,
-                instances=instances,
-                policy=lambda: self._settings.policy,
-                names=names,
-                hub=hub,
-                ports=ports,
-                operations=coordinator,
-                operator=answers,
-                journal=journal,
-                feed=feed,
-                health=self._health,
-                clock=parts.clock,
-            )
-            admin = AdminServer(view, metrics, config.paths.admin_socket)
-            returned = ReturnedMemory(journal, hub.status, partial(self._destroy, answers), tasks)
-            followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
-            await self._serve(hub, admin, instances, coordinator, tasks, followers, journal)
+        )
+
+    def _build_admin(self, core: _Core, hub: Hub, ports: VmPorts) -> AdminServer:
+        view = View(
+            host=self._settings.config.host,
+            instances=core.instances,
+            policy=lambda: self._settings.policy,
+            names=core.names,
+            hub=hub,
+            ports=ports,
+            operations=core.coordinator,
+            operator=core.answers,
+            journal=core.journal,
+            feed=core.feed,
+            health=self._health,
+            clock=self._parts.clock,
+        )
+        return AdminServer(view, core.metrics, self._settings.config.paths.admin_socket)
 
     async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:
         """Fence a VM on the daemon's own account."""
@@ -252,23 +277,21 @@ class Daemon:
 
     async def _serve(
         self,
+        core: _Core,
         hub: Hub,
         admin: AdminServer,
-        instances: Instances,
-        coordinator: Coordinator,
-        tasks: Tasks,
         followers: Iterable[Coroutine[object, object, None]],
-        journal: Journal,
     ) -> None:
+        instances, coordinator = core.instances, core.coordinator
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._hypervisor.run(), name="hypervisor")
                 group.create_task(instances.run(), name="instances")
-                group.create_task(tasks.run(), name="fencing")
+                group.create_task(core.tasks.run(), name="fencing")
                 for follower in followers:
                     group.create_task(follower, name="follower")
-                group.create_task(self._follow_journal(journal), name="journal check")
+                group.create_task(self._follow_journal(core.journal), name="journal check")
                 group.create_task(self._feed_watchdog(), name="watchdog")
                 try:
                     await self._first_look(instances)
