@@ -43,6 +43,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return START_S + self._jumping.slept
 
+    def freeze(self, seconds: float) -> None:
+        """Let time pass in which nothing runs, as when the process is stopped and goes on."""
+        self._jumping.slept += seconds
+
 
 def virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     """Run a coroutine test on a virtual clock; failing background tasks and leaked tasks fail it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -58,7 +59,7 @@ class RunningOperation:
 
 
 class Coordinator:
-    """Runs fence operations. `resume` comes first, before the service takes requests; the tasks must run."""
+    """Runs fence operations. Nothing new is begun before `resume`; the tasks must run."""
 
     def __init__(self, shell: Shell, settings: FenceSettings, boot_id: BootId) -> None:
         self._shell = shell
@@ -67,6 +68,7 @@ class Coordinator:
         self._schedule = Schedule()
         self._runs: dict[OperationId, Run] = {}
         self._starting: dict[OperationId, VmUuid] = {}  # start commands that have not returned
+        self._resumed = asyncio.Event()
         shell.bus.subscribe(self._deliver)
         shell.instances.subscribe(self._news)
 
@@ -168,6 +170,19 @@ class Coordinator:
                 await self._take_up(row.operation, row.first.body, phases)
             elif outcome.boot_id == self._boot_id and isinstance(vm, str):
                 self._schedule.end(row.operation, VmUuid(vm), outcome.boottime)
+        self._resumed.set()
+
+    async def resumed(self, until: float) -> bool:
+        """Wait for `resume`; False when it has not ended at `until` (CLOCK_BOOTTIME, seconds).
+
+        What was ordered before the restart comes first: else a VM could act on the one that was fencing it.
+        """
+        clock = self._shell.clock
+        while not self._resumed.is_set() and (left := until - clock()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(MAX_SLEEP_S, left)):
+                    await self._resumed.wait()
+        return self._resumed.is_set()
 
     # intents
 

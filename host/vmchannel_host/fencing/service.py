@@ -285,7 +285,8 @@ class FenceService:
             await asyncio.wait((flight.done,), timeout=min(MAX_SLEEP_S, left))
         if flight.done.cancelled():
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, "the host daemon stops: unknown")
-        if flight.done.done():
+        # Asked again: a daemon that was stopped meanwhile must not tell old news when it goes on (S2, S6).
+        if flight.done.done() and self._clock() < window.deadline:
             return flight.done.result()
         reason = "no answer in time: unknown; what was begun goes on until its own end"
         return self._refusal(request, requester, FenceCode.DEADLINE, reason)
@@ -316,6 +317,9 @@ class FenceService:
 
     async def _process(self, flight: _Flight) -> FenceAnswer:
         request, requester, window = flight.request, flight.requester, flight.window
+        if not await self._coordinator.resumed(window.end):
+            reason = "the host daemon has just started and takes up what it left; nothing was done"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         try:
             stored = await self._journal.request(request.request_id)
             if stored is not None:
