@@ -128,6 +128,8 @@ class Instances:
     ) -> LookReport:
         """What a look that was just taken and the records say of one VM."""
         registry = self.registry
+        # A start command that goes by a name is of the one VM that bears it (S9).
+        own_name = name if registry.directory().bearers(name) <= {vm} else ""
         return LookReport(
             operation=operation,
             round=number,
@@ -138,7 +140,7 @@ class Instances:
             departed=registry.departed(vm) or "",
             conflict=self.conflict(vm),
             objections=registry.objections(vm),
-            can_start=self._hypervisor.can_start(vm, name),
+            can_start=self._hypervisor.can_start(vm, own_name),
         )
 
     def conflict(self, vm: VmUuid) -> str:
