@@ -93,6 +93,7 @@ class QmpHypervisor:
         self._sockets: Mapping[str, tuple[int, int]] = MappingProxyType({})
         self._rescan = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
+        self._stopped = False
         self._last_problems: frozenset[str] = frozenset()
 
     async def run(self) -> None:
@@ -104,7 +105,7 @@ class QmpHypervisor:
                     self._watch_end(watched)
                 tasks.create_task(self._scan_forever(), name="scan")
         finally:
-            self._tasks = None
+            self._tasks, self._stopped = None, True
             self._followers.clear()
             self._table.close()
 
@@ -127,6 +128,8 @@ class QmpHypervisor:
         deadline = asyncio.get_running_loop().time() + timeout_s
         scan = await self._find_all(timeout_s)
         await self._ask_all(deadline)
+        if self._stopped:  # what was watched is forgotten: nothing found would mean nothing
+            raise HypervisorError("the hypervisor is not watched any more: the daemon stops")
         live = [watched for watched in self._table.all() if not watched.process.ended()]
         silent = [(vm_uuid, f"{problem}") for problem in scan.problems for vm_uuid in problem.vm_uuids]
         silent.extend(
