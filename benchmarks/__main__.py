@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 
-from benchmarks import core, rig
+from benchmarks import core, guest_channel, rig
 from benchmarks.figures import machine_line
 
 
@@ -13,7 +14,8 @@ def main() -> int:
     """Print figures as they come: what, median, p99, unit, number of values."""
     print(machine_line())
     print(f"{'':46} {'median':>9} {'p99':>9}")
-    for measured in (core.round_trips(5000), core.throughput(5), rig.ends(10), rig.boots(3)):
+    alone = (core.round_trips(5000), core.throughput(5), rig.ends(10), rig.boots(3))
+    for measured in chain(alone, guest_channel.channels(1000, 5)):
         print(measured.row(), flush=True)
     return 0
 
