@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def site(shared_rig_dir: Path) -> Iterator[Site]:
 
 
 @contextmanager
-def frozen(site: Site) -> Iterator[None]:
+def frozen(site: Site) -> Generator[None]:
     """The daemon sees nothing of what happens in the block as it happens."""
     os.kill(site.daemon.pid, signal.SIGSTOP)
     try:
