@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -227,8 +227,8 @@ class RoundRobin:
         self._ring: deque[Channel] = deque()
         self._members: set[int] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._ring)
+    def __len__(self) -> int:
+        return len(self._ring)
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(self._ring)
@@ -239,6 +239,11 @@ class RoundRobin:
             self._members.add(channel.number)
             channel.deficit = 0
             self._ring.append(channel)
+
+    def retain(self, alive: Container[int]) -> None:
+        """Forget the channels whose numbers are not among `alive`."""
+        self._ring = deque(channel for channel in self._ring if channel.number in alive)
+        self._members = {channel.number for channel in self._ring}
 
     def clear(self) -> None:
         """Forget all channels."""

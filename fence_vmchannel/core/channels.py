@@ -51,7 +51,13 @@ FENCING_IN_FLIGHT: Final = BULK_IN_FLIGHT + 65_536
 """The same for data of FENCING and CONTROL channels: a reserve that bulk cannot take."""
 
 CONTROL_IN_FLIGHT: Final = FENCING_IN_FLIGHT + 65_536
-"""The same for OPEN, ACCEPT, CREDIT, CLOSE and CANCEL."""
+"""The same for refusals, and for ACCEPT, CREDIT, CLOSE and CANCEL of FENCING and CONTROL channels. All other
+control frames wait behind fencing data: an OPEN may be large, and a flood of them must not stop a fence."""
+
+RESERVED_CHANNELS: Final = 16
+RESERVED_BYTES: Final = 4_194_304
+"""Of the limits of channels and of promised windows what NORMAL channels cannot take, where it is at most an
+eighth: no flood of them keeps a fence from being opened."""
 
 MAX_TARGET_BYTES: Final = 1_024
 MAX_REASON: Final = 1_000
@@ -77,6 +83,8 @@ class Multiplexer:
         self._parity = 0 if role is Role.HOST else 1  # of our own channel numbers
         self._next_number = 2 if role is Role.HOST else 1
         self._peer_highest = 0  # highest number that the peer opened: all at or below it are known or gone
+        self._promised = 0  # the sum of all channels' `promised`
+        self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
         self._control: deque[tuple[FrameType, int]] = deque()
         self._refusals: deque[tuple[int, CloseCode, str]] = deque()
         self._rings = {priority: RoundRobin() for priority in Priority}
@@ -97,14 +105,15 @@ class Multiplexer:
         window = self._window(window)
         if len(_encode(target)) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
-        if not self._room_for(window) or self._next_number > MAX_CHANNEL:
+        if not self._room_for(window, priority, new=True) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
         channel = Channel(self._next_number, target, priority, ChannelState.QUEUED)
         channel.window = channel.receive_limit = window
         channel.open_payload = payload
         self._next_number += 2
         self._channels[channel.number] = channel
-        self._control.append((FrameType.OPEN, channel.number))
+        self._promised += window
+        self._queue_control(FrameType.OPEN, channel)
         return channel.number
 
     def accept(self, number: int, window: int | None, payload: bytes) -> None:
@@ -113,13 +122,15 @@ class Multiplexer:
         window = self._window(window)
         if len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"payload over {MAX_FRAGMENT} bytes")
-        if channel.state is ChannelState.OFFERED and not self._room_for(window, new=False):
+        offered = channel.state is ChannelState.OFFERED
+        if offered and not self._room_for(window, channel.priority, new=False):
             self.close(number, CloseCode.LIMIT, "no memory for another window")
             raise ServiceRefused(CloseCode.LIMIT, "no memory for another window")
         channel.apply(ChannelInput.ACCEPT)
         channel.window = channel.receive_limit = window
         channel.accept_payload = payload
-        self._control.append((FrameType.ACCEPT, number))
+        self._promised += window
+        self._queue_control(FrameType.ACCEPT, channel)
 
     def send(self, number: int, data: bytes | bytearray | memoryview, end: bool) -> None:
         """See `Connection.send`."""
@@ -166,11 +177,13 @@ class Multiplexer:
             )
         if delivered <= channel.consumed and limit <= channel.receive_limit:
             return
+        self._promised -= channel.promised
         channel.consumed = max(delivered, channel.consumed)
         channel.receive_limit = max(limit, channel.receive_limit)
+        self._promised += channel.promised
         if not channel.credit_due:
             channel.credit_due = True
-            self._control.append((FrameType.CREDIT, number))
+            self._queue_control(FrameType.CREDIT, channel)
 
     def close(self, number: int, code: CloseCode, reason: str) -> None:
         """See `Connection.close`."""
@@ -178,7 +191,7 @@ class Multiplexer:
         if channel is None or channel.state is ChannelState.CLOSING:
             return
         if self._end(channel, code, reason) and not channel.queue:
-            self._control.append((FrameType.CLOSE, number))  # as control: behind an ACCEPT, before data
+            self._queue_control(FrameType.CLOSE, channel)  # as control: behind an ACCEPT, before data
 
     def abort(self, number: int, code: CloseCode, reason: str) -> None:
         """See `Connection.abort`."""
@@ -187,7 +200,7 @@ class Multiplexer:
             return
         self._drop_queue(channel)
         if channel.state is ChannelState.CLOSING or self._end(channel, code, reason):
-            self._control.append((FrameType.CANCEL, number))
+            self._queue_control(FrameType.CANCEL, channel)
 
     # --- the session's side: sending ---
 
@@ -195,13 +208,14 @@ class Multiplexer:
         """The next frame to send, by priority; None: none waits, or `in_flight` bytes are too many."""
         if in_flight >= CONTROL_IN_FLIGHT:
             return None
-        if self._control or self._refusals:
-            frame = self._next_control()
-            if frame is not None:
-                return frame
-        if in_flight >= FENCING_IN_FLIGHT:
-            return None
+        if self._refusals:
+            number, code, reason = self._refusals.popleft()
+            return FrameType.CLOSE, 0, number, _close_payload(code, reason)
+        frame = self._next_control(self._urgent)
+        if frame is not None or in_flight >= FENCING_IN_FLIGHT:
+            return frame
         frame = self._next_data(Priority.CONTROL) or self._next_data(Priority.FENCING)
+        frame = frame or self._next_control(self._control)
         if frame is not None or in_flight > BULK_IN_FLIGHT - HEADER_BYTES - MAX_FRAGMENT:
             return frame
         return self._next_data(Priority.NORMAL)
@@ -211,7 +225,7 @@ class Multiplexer:
         channel = self._channels.get(number)
         if channel is not None:  # else the peer's own CLOSE came first
             channel.apply(ChannelInput.CONFIRMED)
-            del self._channels[number]
+            self._forget(channel)
 
     def reset(self) -> dict[int, int]:
         """The session ends: forget its channels. Returns what each sent that was not confirmed, cost
@@ -225,7 +239,11 @@ class Multiplexer:
             else:
                 lost[number] = channel.sent - channel.delivered
         self._channels = survivors
-        self._control = deque((FrameType.OPEN, number) for number in survivors)
+        self._promised = sum(channel.promised for channel in survivors.values())
+        self._urgent.clear()
+        self._control.clear()
+        for channel in survivors.values():
+            self._queue_control(FrameType.OPEN, channel)
         self._refusals.clear()
         self._peer_highest = 0
         self._queued_bytes = 0
@@ -233,12 +251,14 @@ class Multiplexer:
             ring.clear()
         return lost
 
-    def _next_control(self) -> Outgoing | None:
-        if self._refusals:
-            number, code, reason = self._refusals.popleft()
-            return FrameType.CLOSE, 0, number, _close_payload(code, reason)
-        while self._control:
-            kind, number = self._control.popleft()
+    def _queue_control(self, kind: FrameType, channel: Channel) -> None:
+        # No OPEN overtakes another: their numbers rise.
+        normal = kind is FrameType.OPEN or channel.priority is Priority.NORMAL
+        (self._control if normal else self._urgent).append((kind, channel.number))
+
+    def _next_control(self, queue: deque[tuple[FrameType, int]]) -> Outgoing | None:
+        while queue:
+            kind, number = queue.popleft()
             channel = self._channels.get(number)
             if channel is not None:
                 payload = self._control_payload(kind, channel)
@@ -347,7 +367,7 @@ class Multiplexer:
             raise RemoteProtocolError(f"OPEN of channel {number} is malformed")
         if length > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             self._refuse(number, CloseCode.PROTOCOL, "target or payload is too long")
-        elif not self._room_for(0):
+        elif not self._room_for(0, Priority(priority), new=True):
             self._refuse(number, CloseCode.LIMIT, f"{len(self._channels)} channels are open")
         else:
             window = min(window, self._limits.max_window_bytes)
@@ -365,6 +385,9 @@ class Multiplexer:
         if channel.state is not ChannelState.OPENING:
             raise RemoteProtocolError(f"ACCEPT of channel {frame.channel}, which is {channel.state.value}")
         (window,) = _unpack(_ACCEPT, frame)
+        if len(frame.payload) - _ACCEPT.size > MAX_FRAGMENT:
+            self._break(channel, "the payload of ACCEPT is too long")
+            return
         window = min(window, self._limits.max_window_bytes)
         channel.apply(ChannelInput.ACCEPTED)
         channel.send_limit = channel.largest_window = window
@@ -382,7 +405,7 @@ class Multiplexer:
         told = channel.state is ChannelState.CLOSING
         channel.apply(ChannelInput.CLOSED)
         self._drop_queue(channel)
-        del self._channels[frame.channel]
+        self._forget(channel)
         if not told:
             reason = frame.payload[_CLOSE.size :].decode("utf-8", "replace")[:MAX_REASON]
             self._events.append(Closed(frame.channel, code, reason, frame.type == FrameType.CANCEL))
@@ -401,7 +424,7 @@ class Multiplexer:
             next_number=self._next_number,
             peer_highest=self._peer_highest,
             channels=tuple(channel.save() for channel in self._channels.values()),
-            control=tuple(SavedControl(kind, number) for kind, number in self._control),
+            control=tuple(SavedControl(kind, number) for kind, number in (*self._urgent, *self._control)),
             refusals=tuple(SavedRefusal(*refusal) for refusal in self._refusals),
         )
 
@@ -419,13 +442,17 @@ class Multiplexer:
             if each.number in self._channels or not 0 < each.number <= highest:
                 raise ValueError(f"channel number {each.number}")
             channel = self._channels[each.number] = Channel.load(each)
+            self._promised += channel.promised
             self._queued_bytes += sum(len(payload) for payload, _ in channel.queue)
             if channel.wants_to_send():
                 self._rings[channel.priority].add(channel)
         for entry in saved.control:
-            self._control.append((FrameType(entry.kind), entry.channel))
-            if entry.kind == FrameType.CREDIT and entry.channel in self._channels:
-                self._channels[entry.channel].credit_due = True
+            kind, owner = FrameType(entry.kind), self._channels.get(entry.channel)
+            if owner is None:
+                continue  # it was gone already when the session was saved
+            self._queue_control(kind, owner)
+            if kind is FrameType.CREDIT:
+                owner.credit_due = True
         for refusal in saved.refusals:
             self._refusals.append((refusal.channel, CloseCode(refusal.code), refusal.reason))
 
@@ -465,17 +492,37 @@ class Multiplexer:
             raise LocalProtocolError(f"window {window}")
         return window
 
-    def _room_for(self, window: int, *, new: bool = True) -> bool:
+    def _room_for(self, window: int, priority: Priority, *, new: bool) -> bool:
         """Whether the limits allow a further receive window, or a further channel."""
-        if new and len(self._channels) >= self._limits.channels:
+        channels, size = self._limits.channels, self._limits.session_bytes
+        if priority is Priority.NORMAL:
+            channels -= RESERVED_CHANNELS if channels >= 8 * RESERVED_CHANNELS else 0
+            size -= RESERVED_BYTES if size >= 8 * RESERVED_BYTES else 0
+        if new and len(self._channels) >= channels:
             return False
-        return sum(each.promised for each in self._channels.values()) + window <= self._limits.session_bytes
+        return self._promised + window <= size
+
+    def _forget(self, channel: Channel) -> None:
+        """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
+        without ever acknowledging would make the queues grow without end."""
+        self._promised -= channel.promised
+        channel.close_code = None
+        del self._channels[channel.number]
+        enough = 64 + 8 * len(self._channels)  # a channel has at most four control frames waiting
+        for queue in (self._urgent, self._control):
+            if len(queue) > enough:
+                alive = [entry for entry in queue if entry[1] in self._channels]
+                queue.clear()
+                queue.extend(alive)
+        for ring in self._rings.values():
+            if len(ring) > 64 + 2 * len(self._channels):
+                ring.retain(self._channels)
 
     def _end(self, channel: Channel, code: CloseCode, reason: str) -> bool:
         """Our side ends a channel; False if nobody else knows of it, so that nothing is to be sent."""
         channel.apply(ChannelInput.CLOSE)
         if channel.state is ChannelState.GONE:
-            del self._channels[channel.number]
+            self._forget(channel)
             return False
         channel.close_code, channel.close_reason = code, reason[:MAX_REASON]
         return True

@@ -246,7 +246,7 @@ def test_control_and_fencing_overtake_bulk() -> None:
         peer.connection.send(number, bytes(10))
     peer.connection.open("new")
     order = [(frame.type, frame.channel) for frame in peer.receive()]
-    assert order == [(FrameType.OPEN, 2), (FrameType.DATA, 5), (FrameType.DATA, 3), (FrameType.DATA, 1)]
+    assert order == [(FrameType.DATA, 5), (FrameType.DATA, 3), (FrameType.OPEN, 2), (FrameType.DATA, 1)]
 
 
 def test_bulk_stops_at_256_kib_in_flight_and_fencing_goes_on() -> None:
@@ -255,6 +255,7 @@ def test_bulk_stops_at_256_kib_in_flight_and_fencing_goes_on() -> None:
     for number, priority in ((1, Priority.NORMAL), (3, Priority.FENCING)):
         peer.send(FrameType.OPEN, opened_by_peer(2_000_000, priority), channel=number)
         peer.connection.accept(number)
+    peer.send(FrameType.OPEN, opened_by_peer(1_000, Priority.FENCING), channel=5)
     peer.receive()
     peer.send_ack()
     peer.connection.send(1, bytes(1_000_000))
@@ -265,8 +266,8 @@ def test_bulk_stops_at_256_kib_in_flight_and_fencing_goes_on() -> None:
     peer.connection.send(3, bytes(1_000_000))
     peer.receive()
     assert peer.connection.unsent_bytes > 1_000_000
-    number = peer.connection.open("control")
-    assert [frame.channel for frame in peer.receive()] == [number]
+    peer.connection.accept(5)
+    assert [(frame.type, frame.channel) for frame in peer.receive()] == [(FrameType.ACCEPT, 5)]
     peer.send_ack()
     assert of_type(peer.receive(), FrameType.DATA)
 
