@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -234,6 +234,15 @@ class Site:
         return await run_program(
             "vmchannelctl", "--socket", str(self.admin_socket), *arguments, timeout_s=timeout_s
         )
+
+    @asynccontextmanager
+    async def ctl_running(self, *arguments: str) -> AsyncGenerator[asyncio.Task[Result], None]:
+        """`vmchannelctl ARGUMENTS` beside the block; it has ended when the block is left."""
+        task = asyncio.create_task(self.ctl(*arguments), name="vmchannelctl")
+        try:
+            yield task
+        finally:
+            await task
 
     async def ctl_json(self, *arguments: str) -> Any:
         """`vmchannelctl ARGUMENTS --json`, parsed."""
