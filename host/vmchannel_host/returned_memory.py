@@ -7,8 +7,9 @@ run elsewhere by now, so it is destroyed at sight, as an operation of its own, a
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from fence_vmchannel.hub.events import HubStatus, PeerConnected, PeerStatus
@@ -23,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 LOOK_BACK = 1000
 """How many of the latest operations may have declared a boot dead."""
+
+BETWEEN_S = 0.5
+"""Between two readings of them, seconds: one takes the journal some 70 ms."""
 
 
 class Boots(Protocol):
@@ -52,29 +56,49 @@ class ReturnedMemory:
         self._status = status
         self._destroy = destroy
         self._tasks = tasks
+        self._waiting: dict[tuple[str, str], PeerConnected] = {}  # by VM and port
+        self._judging = False
 
     async def follow(self, watch: Watch) -> None:
-        """Judge every greeting, each in a task of its own, until cancelled."""
+        """Judge every greeting, until cancelled. Of one port only the latest waits."""
         with watch as events:
             async for event in events:
                 if isinstance(event, PeerConnected) and event.key:
-                    self._tasks.spawn(self._judge(event), f"boot of {event.key}")
+                    self._waiting[event.key, event.port] = event
+                    if not self._judging:
+                        self._judging = True
+                        self._tasks.spawn(self._judge_all(), "boots of guests")
 
-    async def _judge(self, event: PeerConnected) -> None:
-        peer = self._present(event)
-        if peer is None or not peer.boot_id:
-            return
-        vm = VmUuid(event.key)
+    async def _judge_all(self) -> None:
+        """Judge all that wait at once, a batch at a time: guests that greet in a loop must not keep the
+        journal from those who fence (S7)."""
         try:
-            seen = await self._journal.remember_boot(vm, peer.boot_id)
-            dead = declared_dead(vm, seen, await self._journal.operations(LOOK_BACK))
+            while self._waiting:
+                events, self._waiting = tuple(self._waiting.values()), {}
+                await self._judge(events)
+                await asyncio.sleep(BETWEEN_S)
+        finally:
+            self._judging = False
+
+    async def _judge(self, events: Iterable[PeerConnected]) -> None:
+        present = [(event, peer) for event in events if (peer := self._present(event)) and peer.boot_id]
+        try:
+            seen = [
+                await self._journal.remember_boot(VmUuid(event.key), peer.boot_id) for event, peer in present
+            ]
+            past = await self._journal.operations(LOOK_BACK) if present else ()
         except JournalError as error:
-            _log.error("vm=%s: cannot tell whether its memory was declared off: %s", vm, error)
+            names = ", ".join(event.key for event, _ in present)
+            _log.error("vm=%s: cannot tell whether its memory was declared off: %s", names, error)
             return
-        if not dead or self._present(event) is None:
-            return
+        for (event, peer), at in zip(present, seen, strict=True):
+            dead = declared_dead(VmUuid(event.key), at, past)
+            if dead and self._present(event) is not None:
+                self._tasks.spawn(self._end(VmUuid(event.key), peer.boot_id, dead), f"end of {event.key}")
+
+    async def _end(self, vm: VmUuid, boot_id: str, dead: str) -> None:
         reason = f"memory came back that op={dead} had declared off"
-        _log.error("vm=%s boot=%r: %s: destroying it", vm, peer.boot_id[:40], reason)
+        _log.error("vm=%s boot=%r: %s: destroying it", vm, boot_id[:40], reason)
         answer = await self._destroy(vm, reason)
         _log.log(logging.INFO if answer.ok else logging.ERROR, "vm=%s: %s", vm, answer.reason)
 
