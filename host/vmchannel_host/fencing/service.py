@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -34,15 +33,12 @@ from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Outcome
-from vmchannel_host.fencing.pace import Pace
 from vmchannel_host.fencing.questions import Questions
 from vmchannel_host.fencing.records import FenceJournal
 from vmchannel_host.fencing.refusals import RefusalLog
 from vmchannel_host.fencing.run import MAX_SLEEP_S
-from vmchannel_host.fencing.shared_look import SharedLook
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.journal.types import JournalError, StoredRequest
-from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import BootId, HostName, OperationId, ProcessIdentity, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
@@ -53,21 +49,13 @@ ProgressSink = Callable[[FenceProgress], None]
 MAX_FLIGHTS: Final = 64
 """Requests of one requester that may be under way; a further one is refused at once."""
 
-MAX_RENAMES: Final = 6
-RENAMES_S: Final = 60.0
-"""So many other node names of one VM are recorded in so many seconds; a further one is refused."""
-
 TICK_SLACK_S: Final = 1.0
 """How far a request's tick may lie ahead: it is our own clock, echoed, so it cannot."""
 
 MAX_MARGIN_S: Final = 0.5
 """How long before its deadline a request is answered; a twentieth of the time given, if that is less."""
 
-ANNOUNCE_BURST: Final = 8
-ANNOUNCE_PERIOD_S: Final = 10.0
-"""So many names a VM may announce at once, then one per period: each is a record in the journal."""
-
-_log = BoundLogger(logging.getLogger(__name__), {})
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +116,7 @@ class _Flight:
 
     def tell(self, operation: OperationId, text: str, elapsed_ms: int) -> None:
         progress = FenceProgress(self.request.request_id, operation, text, elapsed_ms)
-        for sink in tuple(self.sinks):
+        for sink in self.sinks:
             sink(progress)
 
 
@@ -171,13 +159,9 @@ class FenceService:
         self._wall_clock = wall_clock
         self._random_bytes = random_bytes
         self._refusals = RefusalLog(journal, clock)
-        self._log_limit = RateLimiter(clock=clock)
-        self._announcing = Pace(clock, burst=ANNOUNCE_BURST, period_s=ANNOUNCE_PERIOD_S)
         self._flights: dict[bytes, _Flight] = {}
-        self._renamed: dict[VmUuid, deque[float]] = {}  # as many as VMs with a port
         self._questions = Questions(
             instances=instances,
-            look=SharedLook(instances, tasks, clock),
             policy=policy,
             names=names,
             rules=lambda: coordinator.settings.rules,
@@ -236,12 +220,9 @@ class FenceService:
                 flight.dropped = "the requester's VM was paused, reset or restored meanwhile"
 
     async def announce(self, announce: Announce, requester: Requester) -> AnnounceAnswer:
-        """Record a guest's cluster node name under its VM's UUID. One that announces in a loop waits."""
+        """Record a guest's cluster node name under its VM's UUID."""
         if requester.vm is None:
             return AnnounceAnswer(False, "only a VM has a node name")
-        await self._announcing.turn(requester.vm)
-        if self._too_often(requester.vm, announce.node_name):
-            return AnnounceAnswer(False, "this VM changes its node name too often: wait a minute")
         rivals = self._policy().rivals(requester.vm, self._instances.registry.directory())
         told = self._names.announce(
             requester.vm, announce.node_name, announce.source, now=self._wall_clock(), rivals=rivals
@@ -254,17 +235,6 @@ class FenceService:
         except JournalError as error:
             return AnnounceAnswer(False, f"the journal cannot take the name: {error}")
         return AnnounceAnswer(told.accepted, told.reason)
-
-    def _too_often(self, vm: VmUuid, node_name: str) -> bool:
-        """Each change is a record: a guest that changes its name in a loop must not fill the disk (S7)."""
-        if self._names.name_of(vm) == node_name:
-            return False
-        now = self._clock()
-        renamed = self._renamed.setdefault(vm, deque(maxlen=MAX_RENAMES))
-        if len(renamed) == MAX_RENAMES and now - renamed[0] < RENAMES_S:
-            return True
-        renamed.append(now)
-        return False
 
     # questions
 
@@ -311,12 +281,8 @@ class FenceService:
             return self._refusal(request, requester, FenceCode.BAD_REQUEST, "this request id is another's")
         if progress is not None:
             flight.sinks.append(progress)
-        try:
-            while not flight.done.done() and (left := window.answer_by - self._clock()) > 0:
-                await asyncio.wait((flight.done,), timeout=min(MAX_SLEEP_S, left))
-        finally:
-            if progress is not None:
-                flight.sinks.remove(progress)  # or asking again and again would pile them up
+        while not flight.done.done() and (left := window.answer_by - self._clock()) > 0:
+            await asyncio.wait((flight.done,), timeout=min(MAX_SLEEP_S, left))
         if flight.done.cancelled():
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, "the host daemon stops: unknown")
         # Asked again: a daemon that was stopped meanwhile must not tell old news when it goes on (S2, S6).
@@ -460,8 +426,7 @@ class FenceService:
     def _refusal(
         self, request: FenceRequest, requester: Requester, code: FenceCode, reason: str
     ) -> FenceAnswer:
-        line = _log.bind(vm=requester.vm, action=request.action.name, code=code.name)
-        line.limited(self._log_limit, logging.INFO, (requester.vm, code), "%s", cut(reason))
+        _log.info("vm=%s action=%s: %s: %s", requester.vm, request.action.name, code.name, cut(reason))
         return self._made(request, requester, False, code, reason)
 
     def _made(

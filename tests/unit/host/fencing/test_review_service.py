@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fence_vmchannel.messages import Announce, FenceAction, FenceCode, PowerState
+from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.fakes.fence_journal import FakeJournal
 from tests.fakes.hypervisors import BOOT, FakeHypervisor, HungHypervisor
 from tests.fakes.virtual_time import VirtualTimeLoop, virtual_time
@@ -112,28 +112,3 @@ async def test_s6_a_daemon_that_was_stopped_tells_no_old_success_when_it_goes_on
         await settled()
         answer = await world.service.answer(world.request(FenceAction.OFF, within_s=20.0), ASKER)
     assert (answer.ok, answer.code) == (False, FenceCode.DEADLINE)
-
-
-@virtual_time
-async def test_s7_a_guest_that_renames_itself_in_a_loop_does_not_fill_the_journal() -> None:
-    async with World().running() as world:
-        world.vm(VM1, "vm1")
-        await settled()
-        for number in range(500):
-            await world.service.announce(Announce(f"node{number}", "hostname"), ASKER)
-        assert len(world.journal.stored_aliases) < 20
-        refused = await world.service.announce(Announce("node-x", "hostname"), ASKER)
-        assert not refused.accepted
-        await asyncio.sleep(61.0)
-        accepted = await world.service.announce(Announce("node-x", "hostname"), ASKER)
-        assert accepted.accepted
-        assert world.names.name_of(VM1) == "node-x"
-
-
-@virtual_time
-async def test_the_same_name_is_accepted_however_often_it_is_told() -> None:
-    async with World().running() as world:
-        world.vm(VM1, "vm1")
-        await settled()
-        for _ in range(50):
-            assert (await world.service.announce(Announce("node1", "corosync"), ASKER)).accepted
