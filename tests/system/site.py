@@ -27,6 +27,7 @@ from tests.rig.kernel import RigError
 from tests.rig.programs import Result, environment, program, run_program
 from tests.rig.qemu import VmSpec, qemu_command, write_start_script
 from tests.rig.vm import Vm, stop_all
+from vmchannel_host.cli.http_client import AdminClient, Doc
 
 _START_S = 30
 _STOP_S = 30
@@ -252,6 +253,11 @@ class Site:
         except ValueError as error:
             raise RigError(f"{arguments}: {done}\n{self.daemon.log[-3000:]}") from error
 
+    async def ask(self, path: str, **query: str) -> Any:
+        """What `GET /v1/PATH` of the admin API says: for questions that are asked often."""
+        answer = await asyncio.to_thread(AdminClient(str(self.admin_socket)).get, f"/v1/{path}", query)
+        return answer.checked()
+
     async def fence(self, action: str, vm: Vm | str, *, timeout_s: float = 40) -> dict[str, Any]:
         """The operator's `vmchannelctl fence`: its answer."""
         plug = vm if isinstance(vm, str) else vm.spec.name
@@ -260,11 +266,20 @@ class Site:
 
     async def status(self, vm: Vm | str) -> str:
         """on, off or unknown, as the daemon can prove it now."""
-        return str((await self.fence("status", vm))["state"])
+        plug = vm if isinstance(vm, str) else vm.spec.name
+        order = {"request_id": os.urandom(16).hex(), "action": "status", "vm": plug, "timeout_s": 40}
+        return await asyncio.to_thread(self._status, order)
+
+    def _status(self, order: Mapping[str, object]) -> str:
+        client = AdminClient(str(self.admin_socket))
+        for kind, value in client.stream("POST", "/v1/fence", order, timeout_s=_SETTLE_S):
+            if kind == "answer":
+                return Doc(value).text("state")
+        raise RigError(f"no answer to {order}")
 
     async def run_state(self, vm: Vm) -> str:
         """The run state of the VM's one instance as the daemon last saw it; "" for none, or for several."""
-        vms = await self.ctl_json("vms")
+        vms = await self.ask("vms")
         states = [
             str(instance["run_state"])
             for one in vms
@@ -279,17 +294,17 @@ class Site:
         while (seen := await self.run_state(vm)) != wanted:
             if time.monotonic() > deadline:
                 raise RigError(f"{vm.spec.name} is {seen!r}, not {wanted!r}\n{self.daemon.log[-3000:]}")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
     async def until_connected(self, *vms: Vm) -> None:
         """Wait until the hubs of these VMs have greeted the daemon."""
         wanted = {vm.spec.uuid for vm in vms}
         async with asyncio.timeout(_SETTLE_S):
             while True:
-                ports = await self.ctl_json("ports")
+                ports = await self.ask("ports")
                 if wanted <= {port["vm_uuid"] for port in ports if port["connected"]}:
                     return
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.05)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until something is so.
@@ -305,7 +320,7 @@ class Site:
 
     async def operations(self, vm: Vm) -> list[dict[str, Any]]:
         """The operations on that VM in the journal, oldest first."""
-        found = await self.ctl_json("ops", "--limit", "1000")
+        found = await self.ask("ops", limit="1000")
         return [one for one in reversed(found) if one["vm_uuid"] == vm.spec.uuid]
 
 

@@ -114,8 +114,8 @@ async def test_without_a_host_daemon_the_agent_fails_in_time_and_says_so(
 ) -> None:
     site.daemon.end()
     try:
-        for action in ("off", "status", "monitor"):
-            done = await agent(guest, action, peer.spec.name, timeout="4", timeout_s=30)
+        for action in ("off", "monitor"):
+            done = await agent(guest, action, peer.spec.name, timeout="3", timeout_s=30)
             assert_failed(done, "no host daemon greets on it (is vmchanneld running?)", "op=- host=-")
     finally:
         site.daemon.start()

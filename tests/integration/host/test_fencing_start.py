@@ -71,7 +71,7 @@ async def test_on_of_a_vm_that_runs_is_already_on_and_starts_nothing(site: Site)
 async def test_a_start_command_that_exits_with_0_but_starts_nothing_fails_the_on(site: Site) -> None:
     vm = site.vm("nothing")
     await off(site, vm, "/bin/true")
-    answer = await site.fence("on", vm, timeout_s=4)
+    answer = await site.fence("on", vm, timeout_s=2)
     assert (answer["ok"], answer["code"], answer["state"]) == (False, "not_started", "unknown"), answer
     assert "no new instance was seen running in time" in answer["reason"]
     assert await site.status(vm) == "off"
