@@ -21,6 +21,9 @@ FENCE_SERVICE: Final = "org.vmchannel.fence"
 MAX_PLUG = 256
 """Longest plug, in characters. VM names are at most 255 bytes in practice; longer text is no name."""
 
+MAX_SOURCE = 32
+"""Longest source of a node name, in characters: it is kept with each record."""
+
 REQUEST_ID_BYTES = 16
 
 
@@ -157,6 +160,8 @@ class Announce:
     def __post_init__(self) -> None:
         if not 0 < len(self.node_name) <= MAX_PLUG:
             raise ValueError(f"node_name has {len(self.node_name)} characters, 1 to {MAX_PLUG} are allowed")
+        if len(self.source) > MAX_SOURCE:
+            raise ValueError(f"source has {len(self.source)} characters, at most {MAX_SOURCE} are allowed")
 
 
 @dataclass(frozen=True, slots=True)

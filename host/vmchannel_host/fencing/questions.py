@@ -17,6 +17,7 @@ from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import LookReport, Outcome
 from vmchannel_host.fencing.records import OperationLog
 from vmchannel_host.fencing.run import MAX_LOOK_S, failed
+from vmchannel_host.fencing.shared_look import SharedLook
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import Instance, Migration, OperationId, RunState, VmUuid
@@ -36,6 +37,7 @@ class Questions:
         self,
         *,
         instances: Instances,
+        look: SharedLook,
         policy: Callable[[], Policy],
         names: AliasTable,
         rules: Callable[[], Rules],
@@ -43,6 +45,7 @@ class Questions:
         clock: Callable[[], float],
     ) -> None:
         self._instances = instances
+        self._look = look
         self._policy = policy
         self._names = names
         self._rules = rules
@@ -59,12 +62,11 @@ class Questions:
         if alive is not None:
             return _on(alive)
         try:
-            report = await self._instances.report(
-                vm, name, timeout_s=min(MAX_LOOK_S, timeout_s), operation=_NONE, number=0
-            )
+            self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
+            asked_at, look = await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.FAILED, _look_failed(error))
-        return self._judge(vm, name, report)
+        return self._judge(vm, name, self._instances.facts(vm, name, asked_at, look))
 
     async def targets(self, requester: VmUuid | None, *, timeout_s: float) -> tuple[FenceTarget, ...]:
         """The plugs that the requester may name, with their states: ON or OFF where proven, else UNKNOWN."""
@@ -95,7 +97,7 @@ class Questions:
         except JournalError as error:
             return failed(_NONE, FenceCode.UNAVAILABLE, f"the journal cannot be written: {error}")
         try:
-            await self._instances.look(timeout_s=min(MAX_LOOK_S, timeout_s))
+            await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.UNAVAILABLE, _look_failed(error))
         return Outcome(_NONE, True, FenceCode.DONE, PowerState.UNKNOWN, f"{len(wanted)} plugs can be fenced")
@@ -105,7 +107,7 @@ class Questions:
         for vm in states:
             self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
         try:
-            asked_at, look = await self._instances.look(timeout_s=timeout_s)
+            asked_at, look = await self._look.look(timeout_s=timeout_s)
         except (HypervisorError, JournalError, TimeoutError):
             return states
         for one in wanted:

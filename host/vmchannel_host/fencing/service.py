@@ -33,12 +33,15 @@ from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Outcome
+from vmchannel_host.fencing.pace import Pace
 from vmchannel_host.fencing.questions import Questions
 from vmchannel_host.fencing.records import FenceJournal
 from vmchannel_host.fencing.refusals import RefusalLog
 from vmchannel_host.fencing.run import MAX_SLEEP_S
+from vmchannel_host.fencing.shared_look import SharedLook
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.journal.types import JournalError, StoredRequest
+from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import BootId, HostName, OperationId, ProcessIdentity, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
@@ -55,7 +58,11 @@ TICK_SLACK_S: Final = 1.0
 MAX_MARGIN_S: Final = 0.5
 """How long before its deadline a request is answered; a twentieth of the time given, if that is less."""
 
-_log = logging.getLogger(__name__)
+ANNOUNCE_BURST: Final = 8
+ANNOUNCE_PERIOD_S: Final = 10.0
+"""So many names a VM may announce at once, then one per period: each is a record in the journal."""
+
+_log = BoundLogger(logging.getLogger(__name__), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ class _Flight:
 
     def tell(self, operation: OperationId, text: str, elapsed_ms: int) -> None:
         progress = FenceProgress(self.request.request_id, operation, text, elapsed_ms)
-        for sink in self.sinks:
+        for sink in tuple(self.sinks):
             sink(progress)
 
 
@@ -159,9 +166,12 @@ class FenceService:
         self._wall_clock = wall_clock
         self._random_bytes = random_bytes
         self._refusals = RefusalLog(journal, clock)
+        self._log_limit = RateLimiter(clock=clock)
+        self._announcing = Pace(clock, burst=ANNOUNCE_BURST, period_s=ANNOUNCE_PERIOD_S)
         self._flights: dict[bytes, _Flight] = {}
         self._questions = Questions(
             instances=instances,
+            look=SharedLook(instances, tasks, clock),
             policy=policy,
             names=names,
             rules=lambda: coordinator.settings.rules,
@@ -220,9 +230,10 @@ class FenceService:
                 flight.dropped = "the requester's VM was paused, reset or restored meanwhile"
 
     async def announce(self, announce: Announce, requester: Requester) -> AnnounceAnswer:
-        """Record a guest's cluster node name under its VM's UUID."""
+        """Record a guest's cluster node name under its VM's UUID. One that announces in a loop waits."""
         if requester.vm is None:
             return AnnounceAnswer(False, "only a VM has a node name")
+        await self._announcing.turn(requester.vm)
         rivals = self._policy().rivals(requester.vm, self._instances.registry.directory())
         told = self._names.announce(
             requester.vm, announce.node_name, announce.source, now=self._wall_clock(), rivals=rivals
@@ -281,8 +292,12 @@ class FenceService:
             return self._refusal(request, requester, FenceCode.BAD_REQUEST, "this request id is another's")
         if progress is not None:
             flight.sinks.append(progress)
-        while not flight.done.done() and (left := window.answer_by - self._clock()) > 0:
-            await asyncio.wait((flight.done,), timeout=min(MAX_SLEEP_S, left))
+        try:
+            while not flight.done.done() and (left := window.answer_by - self._clock()) > 0:
+                await asyncio.wait((flight.done,), timeout=min(MAX_SLEEP_S, left))
+        finally:
+            if progress is not None:
+                flight.sinks.remove(progress)  # or asking again and again would pile them up
         if flight.done.cancelled():
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, "the host daemon stops: unknown")
         # Asked again: a daemon that was stopped meanwhile must not tell old news when it goes on (S2, S6).
@@ -426,7 +441,8 @@ class FenceService:
     def _refusal(
         self, request: FenceRequest, requester: Requester, code: FenceCode, reason: str
     ) -> FenceAnswer:
-        _log.info("vm=%s action=%s: %s: %s", requester.vm, request.action.name, code.name, cut(reason))
+        line = _log.bind(vm=requester.vm, action=request.action.name, code=code.name)
+        line.limited(self._log_limit, logging.INFO, (requester.vm, code), "%s", cut(reason))
         return self._made(request, requester, False, code, reason)
 
     def _made(
