@@ -210,7 +210,7 @@ class Journal:
     async def remember_boot(
         self, vm_uuid: VmUuid, boot_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> int:
-        """Store that a guest spoke with this kernel boot id; return the last record before its first sight."""
+        """Store that a guest spoke with this boot id; return the last record before its first sight."""
         return await self._call(lambda store: tables.remember_boot(store, vm_uuid, boot_id), timeout_s)
 
     # requests
