@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,9 +221,8 @@ async def test_a_program_of_the_host_talks_to_twenty_programs_of_a_guest_at_once
     }
 
 
-@pytest.mark.parametrize("works", ["up", "down", "up, down"])
-async def test_64_mib_arrive_unchanged_while_the_hubs_memory_stays_bounded(
-    site: Site, guest: Guest, works: str
+async def test_64_mib_each_way_at_once_arrive_unchanged_while_the_hubs_memory_stays_bounded(
+    site: Site, guest: Guest
 ) -> None:
     noise = hashlib.sha256(b"noise").digest() * (MESSAGE // 32)
 
@@ -250,7 +250,7 @@ async def test_64_mib_arrive_unchanged_while_the_hubs_memory_stays_bounded(
     hub = await hub_pid(guest)
     before = await memory(guest, hub, "VmRSS"), host_memory(site.daemon.pid, "VmRSS")
     async with offered(site, "org.example.take", take), offered(site, "org.example.give", give):
-        (await guest.python(f"{BULK_PROGRAM}\nat_once({works})", timeout_s=200)).check()
+        (await guest.python(f"{BULK_PROGRAM}\nat_once(up, down)", timeout_s=200)).check()
     assert await memory(guest, hub, "VmHWM") < before[0] + MEMORY
     assert host_memory(site.daemon.pid, "VmHWM") < before[1] + MEMORY
 
@@ -259,28 +259,41 @@ async def test_clients_that_come_and_go_leave_no_descriptor_behind(site: Site, g
     hub = await hub_pid(guest)
 
     async def open_now() -> tuple[int, int]:
-        there = (await guest.sh(f"ls /proc/{hub}/fd | wc -l")).check().stdout
-        return int(there), len(list(Path(f"/proc/{site.daemon.pid}/fd").iterdir()))
+        there = (await guest.sh(f"ls -l /proc/{hub}/fd")).check().stdout
+        return connections(there), connections(open_files(site.daemon.pid))
 
     async with offered(site, "org.example.echo", echo):
         before = await open_now()
+        assert min(before) > 0, "the count sees nothing"
         (await guest.python(COME_AND_GO, timeout_s=100)).check()
         for _ in range(CYCLES):
             async with host_client(site) as client:
                 await client.status(timeout_s=WAIT_S)
 
-        async def as_before() -> bool:
-            return await open_now() == before
+        async def no_more_than_before() -> bool:
+            now = await open_now()
+            return now[0] <= before[0] and now[1] <= before[1]
 
-        await until(as_before, f"return to {before} descriptors")
-        status = await client_status(site)
-    assert status == 0, "channels are left in the session"
+        await until(no_more_than_before, f"return to {before} descriptors")
+        async with host_client(site) as client:
+            peers = (await client.status(timeout_s=WAIT_S)).peers
+    assert [peer.channels for peer in peers] == [0], "channels are left in the session"
 
 
-async def client_status(site: Site) -> int:
-    """Channels open on all sessions of the host's hub."""
-    async with host_client(site) as client:
-        return sum(peer.channels for peer in (await client.status(timeout_s=WAIT_S)).peers)
+def open_files(pid: int) -> str:
+    """What a process of the host has open, a line each."""
+    lines: list[str] = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed while we looked
+            lines.append(str(entry.readlink()))
+    return "\n".join(lines)
+
+
+def connections(files: str) -> int:
+    """How many of these are connections: a hub has a socket and an epoll for each. The daemon also has
+    a pidfd for every QEMU of this machine, others' too: those do not count.
+    """
+    return sum("socket:[" in line or "[eventpoll]" in line for line in files.splitlines())
 
 
 async def memory(guest: Guest, pid: int, what: str) -> int:
