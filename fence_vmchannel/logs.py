@@ -28,6 +28,13 @@ class RateLimitedLog:
 
     def warning(self, message: str, *args: object) -> None:
         """Log at level warning, if the rate allows it."""
+        self._write(logging.WARNING, message, *args)
+
+    def info(self, message: str, *args: object) -> None:
+        """Log at level info, if the rate allows it."""
+        self._write(logging.INFO, message, *args)
+
+    def _write(self, level: int, message: str, *args: object) -> None:
         now = self._clock()
         if now - self._since >= self._period_s:
             self._since, self._written = now, 0
@@ -38,4 +45,4 @@ class RateLimitedLog:
         if self._left_out:
             message += f" ({self._left_out} earlier lines left out)"
             self._left_out = 0
-        self._logger.warning(message, *args)
+        self._logger.log(level, message, *args)

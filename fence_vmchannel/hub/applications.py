@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, Protocol, assert_never
 
@@ -13,7 +14,7 @@ from fence_vmchannel.access import Credentials
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.events import ChannelOpened, Opened, PeerIdentity, Reset
 from fence_vmchannel.endpoint import Endpoint
-from fence_vmchannel.errors import CloseCode, RemoteProtocolError
+from fence_vmchannel.errors import CloseCode, RemoteProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubStatus
 from fence_vmchannel.hub.local_protocol import (
     HubInfo,
@@ -35,6 +36,12 @@ log.addHandler(logging.NullHandler())
 
 _ROOT_RESERVE: Final = 8
 """Of the places for clients, how many only root gets: other users cannot keep the fence agent out."""
+
+MAX_QUERIES: Final = 16
+"""Status and watch queries of one application that may be open: each holds a queue of events."""
+
+MAX_OFFERS: Final = 64
+"""Services that one application may offer."""
 
 _ACCEPTS_PER_TURN = 64
 _OUT_OF_DESCRIPTORS_PAUSE_S = 1.0
@@ -153,10 +160,24 @@ class HubService:
         self._hub = hub
         self._router = router
         self._info = HubInfo(identity.software, identity.boot_id)
+        self._open: Counter[tuple[Endpoint, bool]] = Counter()  # by application, and whether it is an offer
 
     async def serve(self, channel: Channel) -> None:
         """Answer one query. Ends when the answer is complete or the application closes the channel."""
         query = _query(channel.payload)
+        kind = (channel.endpoint, isinstance(query, OfferQuery))
+        most = MAX_OFFERS if isinstance(query, OfferQuery) else MAX_QUERIES
+        if self._open[kind] >= most:
+            raise ServiceRefused(CloseCode.LIMIT, f"{most} queries of this kind are open")
+        self._open[kind] += 1
+        try:
+            await self._answer(channel, query)
+        finally:
+            self._open[kind] -= 1
+            if not self._open[kind]:
+                del self._open[kind]
+
+    async def _answer(self, channel: Channel, query: HubQuery) -> None:
         match query:
             case StatusQuery():
                 await channel.accept(encode_local(self._info))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -24,7 +25,7 @@ from fence_vmchannel.hub.events import (
     SessionWasReset,
 )
 from fence_vmchannel.links.base import Link
-from fence_vmchannel.logs import quoted
+from fence_vmchannel.logs import RateLimitedLog, quoted
 from fence_vmchannel.peers import PeerInfo
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Peer:
     trouble: str = ""  # why there is no link, as last told
     task: asyncio.Task[None] | None = None
     hurry: asyncio.Event = field(default_factory=asyncio.Event)  # try again now
+    noise: RateLimitedLog = field(default_factory=lambda: RateLimitedLog(log, clock=time.monotonic))
+    """For what the peer can cause as often as it likes: it may greet anew twice a second."""
 
 
 class PeerTable:
@@ -151,7 +154,7 @@ class PeerTable:
         again = peer.connected is not None and peer.connected.session == event.session
         peer.connected = event
         if not again:
-            log.info("peer %s: session %s%s", info, event.session, " resumed" if event.resumed else "")
+            peer.noise.info("peer %s: session %s%s", info, event.session, " resumed" if event.resumed else "")
             self._publish(event)
 
     def disconnected(self, info: PeerInfo, reason: str) -> None:
@@ -159,12 +162,14 @@ class PeerTable:
         peer = self._peers.get(info)
         if peer is not None and peer.connected is not None:
             peer.connected = None
-            log.info("peer %s: disconnected: %s", info, quoted(reason))
+            peer.noise.info("peer %s: disconnected: %s", info, quoted(reason))
             self._publish(PeerDisconnected(info.name, info.port, reason, info.key))
 
     def was_reset(self, info: PeerInfo, reason: str) -> None:
         """A peer's session began anew."""
-        log.warning("peer %s: session reset: %s", info, quoted(reason))
+        peer = self._peers.get(info)
+        if peer is not None:
+            peer.noise.warning("peer %s: session reset: %s", info, quoted(reason))
         self._publish(SessionWasReset(info.name, info.port, reason, info.key))
         self.disconnected(info, reason)  # until the next session has begun
 
@@ -225,7 +230,7 @@ async def keep_linked(peer: Peer, table: PeerTable) -> None:
             peer.trouble = ""
             ended = peer.endpoint.use(link)
             reason = await ended
-            log.info("peer %s: link ended: %s", peer.info, quoted(reason))
+            peer.noise.info("peer %s: link ended: %s", peer.info, quoted(reason))
         pause_s = FIRST_RETRY_S if loop.time() - began > _STABLE_S else min(pause_s * 2, LAST_RETRY_S)
         await _pause(peer.hurry, pause_s)
 

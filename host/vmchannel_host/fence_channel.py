@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from fence_vmchannel.channel import Channel
-from fence_vmchannel.errors import ChannelError, CloseCode, RemoteProtocolError
+from fence_vmchannel.errors import ChannelError, CloseCode, RemoteProtocolError, ServiceRefused
 from fence_vmchannel.messages import (
     Announce,
     AnnounceAnswer,
@@ -27,9 +28,14 @@ from fence_vmchannel.messages import (
 )
 from fence_vmchannel.tlv import encode
 from vmchannel_host.fencing.service import FenceService, ProgressSink, Requester
+from vmchannel_host.logs import BoundLogger, RateLimiter
+from vmchannel_host.model import VmUuid
 from vmchannel_host.vm_ports import VmPort
 
-_log = logging.getLogger(__name__)
+_log = BoundLogger(logging.getLogger(__name__), {})
+
+MAX_CHANNELS: Final = 64
+"""Channels of one VM to the fence service; each may hold up to a window in either direction."""
 
 MAX_REQUESTS: Final = 16
 """Requests of one channel that may be under way; the next is read when one is answered (the sender waits)."""
@@ -59,6 +65,8 @@ class FenceChannels:
         """`on_guest` is told who has opened a channel, before anything is read from it."""
         self._service = service
         self._on_guest = on_guest
+        self._open: Counter[VmUuid | None] = Counter()  # channels by VM
+        self._log_limit = RateLimiter()
 
     async def serve(self, channel: Channel) -> None:
         """Answer one channel until it closes. Its requests that are intents go on without it (S5)."""
@@ -66,6 +74,17 @@ class FenceChannels:
         if requester is None:
             channel.close(CloseCode.NOT_PERMITTED, "fencing is for VMs; the operator uses vmchannelctl")
             return
+        if self._open[requester.vm] >= MAX_CHANNELS:
+            raise ServiceRefused(CloseCode.LIMIT, f"{MAX_CHANNELS} fence channels of this VM are open")
+        self._open[requester.vm] += 1
+        try:
+            await self._serve(channel, requester)
+        finally:
+            self._open[requester.vm] -= 1
+            if not self._open[requester.vm]:
+                del self._open[requester.vm]
+
+    async def _serve(self, channel: Channel, requester: Requester) -> None:
         self._on_guest(requester)
         await channel.accept(encode(self._service.greeting(requester)))
         progress: asyncio.Queue[FenceProgress] = asyncio.Queue(MAX_PROGRESS)
@@ -83,7 +102,9 @@ class FenceChannels:
         except* _Closed:
             pass
         except* RemoteProtocolError as group:
-            _log.warning("fence channel of %s refused: %s", channel.peer, group.exceptions[0])
+            line = _log.bind(vm=requester.vm, peer=str(channel.peer))
+            why = group.exceptions[0]
+            line.limited(self._log_limit, logging.WARNING, requester.vm, "fence channel ended: %s", why)
             channel.close(CloseCode.PROTOCOL, str(group.exceptions[0])[:200])
         except* ChannelError:
             pass  # the channel has ended; the client asks again with the same id
