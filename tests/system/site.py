@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from tests.rig.guest import Completed, Guest, qmp_client
 from tests.rig.image import Image
 from tests.rig.kernel import RigError
 from tests.rig.programs import Result, environment, program, run_program
-from tests.rig.qemu import VmSpec, qemu_command, write_start_script
+from tests.rig.qemu import VmSpec, write_start_script
 from tests.rig.vm import Vm, stop_all
 from vmchannel_host.cli.http_client import AdminClient, Doc
 
@@ -365,11 +364,6 @@ async def agent(
             assert not options, "not every option has a short name"
             words = ["-o", action, *(["-n", plug] if plug else [])]
     return await guest.run("fence_vmchannel", *words, stdin=lines, env=env, timeout_s=timeout_s)
-
-
-def daemonized(spec: VmSpec, *, before: str = "", after: str = "") -> str:
-    """Shell source that starts the VM as its start script does, with lines before and after."""
-    return f"#!/bin/sh\n{before}\n{shlex.join([*qemu_command(spec), '-daemonize'])}\n{after}\n"
 
 
 def script(path: Path, source: str) -> str:

@@ -194,7 +194,7 @@ async def test_s12_the_same_action_joins_the_one_that_runs(site: Site, db1: Gues
     assert (ok, code, db3.running) == (True, "DONE", False), reason
     assert (joined["ok"], joined["code"], joined["state"]) == (True, "done", "off"), joined
     assert joined["reason"].endswith(f"(joined op={operation})")
-    assert site.daemon.log[said:].count("instance ended") == 1
+    assert site.daemon.log[said:].count(f"instance ended vm={db3.spec.uuid}") == 1
     assert site.daemon.log[said:].count("action=off requester=") == 1
 
 
