@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from vmchannel_host.journal.types import (
     JournalBusy,
@@ -79,8 +80,14 @@ class FakeJournal:
         await self._write("remember_instance", timeout_s)
         old = self.known.get(identity)
         first_seen = old.first_seen if old else self.clock()
-        end, ended_at = (old.end, old.ended_at) if old else (None, None)
-        self.known[identity] = KnownInstance(host, identity, name, migration, first_seen, end, ended_at)
+        new = KnownInstance(host, identity, name, migration, first_seen, None, None)
+        self.known[identity] = replace(old, name=name, migration=migration) if old else new
+
+    async def remember_kill(
+        self, identity: ProcessIdentity, host: HostName, *, timeout_s: float = 5.0
+    ) -> None:
+        await self._write("remember_kill", timeout_s)
+        self.known[identity] = replace(self.known[identity], killed=True)
 
     async def remember_end(self, evidence: InstanceEnded, *, timeout_s: float = 5.0) -> None:
         await self._write("remember_end", timeout_s)
@@ -88,7 +95,14 @@ class FakeJournal:
         name, migration = (old.name, old.migration) if old else ("", Migration.NONE)
         first_seen = old.first_seen if old else self.clock()
         self.known[evidence.identity] = KnownInstance(
-            evidence.host, evidence.identity, name, migration, first_seen, evidence, self.clock()
+            evidence.host,
+            evidence.identity,
+            name,
+            migration,
+            first_seen,
+            evidence,
+            self.clock(),
+            old.killed if old else False,
         )
 
     async def known_instances(

@@ -7,7 +7,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from vmchannel_host.hypervisors import CannotStart, Ended, HypervisorError, HypervisorEvent, NotProven, Seen
+from vmchannel_host.hypervisors import (
+    BeforeKill,
+    CannotStart,
+    Ended,
+    HypervisorError,
+    HypervisorEvent,
+    NotProven,
+    Seen,
+)
 from vmchannel_host.model import (
     BootId,
     EndCause,
@@ -75,14 +83,12 @@ class FakeHypervisor:
         self.instances[instance.identity] = instance
         self._events.put_nowait(Seen(instance))
 
-    def vanish(self, identity: ProcessIdentity, *, watched: bool) -> None:
+    def vanish(self, identity: ProcessIdentity, *, watched: bool, io: IoState = IoState.DRAINED) -> None:
         """The process ends without us."""
         instance = self.instances.pop(identity)
         if watched:
             departed = instance.migration in (Migration.OUTGOING, Migration.COMPLETED)
-            end = InstanceEnded(
-                HOST, identity, EndProof.PIDFD, EndCause.NONE, IoState.DRAINED, departed, elapsed_ms=0
-            )
+            end = InstanceEnded(HOST, identity, EndProof.PIDFD, EndCause.NONE, io, departed, elapsed_ms=0)
             self.watched_ends[identity] = end
             self._events.put_nowait(Ended(end))
 
@@ -128,9 +134,16 @@ class FakeHypervisor:
         return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts)
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         self.note(f"off {identity.pid}")
+        if before_kill is not None and self.cause is EndCause.KILL and self.io is not IoState.NONE:
+            await before_kill()
         await asyncio.sleep(self.delay_s)
         return self.end(identity)
 
@@ -181,12 +194,19 @@ class HungHypervisor(FakeHypervisor):
         self.hung: set[VmUuid] = set()
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         if not self.hung or identity.vm_uuid in self.hung:
             self.note(f"off {identity.pid}")
             await asyncio.Event().wait()
-        return await super().off(identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s)
+        return await super().off(
+            identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s, before_kill=before_kill
+        )
 
 
 class LateHypervisor(FakeHypervisor):
@@ -195,7 +215,12 @@ class LateHypervisor(FakeHypervisor):
     late_s = 60.0
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         self.note(f"off {identity.pid}")
         await asyncio.sleep(self.late_s)
@@ -206,7 +231,12 @@ class FailingHypervisor(FakeHypervisor):
     """`off` says that nothing was proven."""
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         self.note(f"off {identity.pid}")
         raise NotProven("the process does not end")
@@ -216,7 +246,12 @@ class LyingHypervisor(FakeHypervisor):
     """`off` shows a proof, but the process goes on."""
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         self.note(f"off {identity.pid}")
         return InstanceEnded(
@@ -228,7 +263,12 @@ class MixedUpHypervisor(FakeHypervisor):
     """`off` proves the end of another process than the one that was named."""
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         self.note(f"off {identity.pid}")
         other = replace(identity, pid=identity.pid + 1)

@@ -159,6 +159,8 @@ def end_line(end: InstanceEnded) -> str:
     if unwatched(end):
         how = "another boot of the host" if end.proof is EndProof.OTHER_BOOT else "no such process"
         return f"{who} gone before we acted: {how}, {io}{away}"
+    if end.proof is not EndProof.PIDFD:
+        return f"{who} killed before a restart of the daemon, its end unseen: no such process, {io}{away}"
     by = {EndCause.QUIT: "by quit", EndCause.KILL: "by SIGKILL", EndCause.NONE: "by itself"}[end.cause]
     return f"{who} gone after {end.elapsed_ms} ms: {end.proof.value}, {by}, {io}{away}"
 
@@ -221,7 +223,7 @@ def _departure_doubt(claim: Claim, rules: Rules) -> Doubt | None:
     for end in _ends(claim):
         if end.departed:
             return _away(f"pid {end.identity.pid} was in a migration when it ended on {end.host}")
-        if unwatched(end) and not rules.standalone:
+        if end.proof is not EndProof.PIDFD and not rules.standalone:
             return _away(
                 f"nobody watched the end of pid {end.identity.pid} on {end.host}, and another host could run "
                 "the VM (cluster.standalone is false)"

@@ -60,6 +60,7 @@ class Instances:
         self._absence = absence
         self._store = store
         self._clock = clock
+        self._killed: frozenset[ProcessIdentity] = frozenset()  # by a daemon before us, their ends unseen
         self._unsaved: deque[RegistryRecord] = deque()
         self._lost = False
         self._saving = asyncio.Lock()
@@ -71,7 +72,11 @@ class Instances:
         Raises:
             JournalError: they cannot be read or written; nothing may be fenced.
         """
-        self.registry.restore(await self._store.known_instances())
+        rows = await self._store.known_instances()
+        self._killed = frozenset(
+            row.identity for row in rows if row.killed and row.end is None and row.host == self.host
+        )
+        self.registry.restore(rows)
         for vm in self.registry.vms():
             self.prove_absent(vm)
         await self.save()
@@ -85,6 +90,8 @@ class Instances:
         async for event in self._hypervisor.events():
             if isinstance(event, Ended) and not self.registry.knows(event.evidence.identity.vm_uuid):
                 continue  # a QEMU that never concerned us (`Instance.configured`)
+            if isinstance(event, Ended):
+                event = Ended(self._attributed(event.evidence))
             self._keep(self.registry.apply(event))
             for listener in self._listeners:
                 listener(event)
@@ -149,6 +156,7 @@ class Instances:
 
     def ended(self, fresh: InstanceEnded) -> InstanceEnded:
         """Take the proof of an end; return it with what the records knew of it. `save` makes it durable."""
+        fresh = self._attributed(fresh)
         recorded = {end.identity: end for end in self.registry.ended(fresh.identity.vm_uuid)}
         end = evidence.merge(recorded.get(fresh.identity), fresh)
         records = self.registry.apply(Ended(end))
@@ -157,6 +165,20 @@ class Instances:
             if isinstance(record, RememberEnd) and record.evidence.identity == end.identity:
                 end = replace(end, departed=end.departed or record.evidence.departed)
         return end
+
+    async def remember_kill(self, identity: ProcessIdentity) -> None:
+        """Make durable that a process is about to be killed while it may have writes under way.
+
+        Raises:
+            HypervisorError: it is not durable, so the process must not be killed.
+        """
+        try:
+            await self.save()  # what was seen of it comes first
+            await self._store.remember_kill(identity, self.host)
+        except JournalError as error:
+            raise HypervisorError(
+                f"{identity} was not killed: the journal cannot take it: {error}"
+            ) from error
 
     async def save(self) -> None:
         """Make durable what was learnt until now.
@@ -188,6 +210,11 @@ class Instances:
                 await self._store.remember_end(end)
             case _:
                 assert_never(record)
+
+    def _attributed(self, end: InstanceEnded) -> InstanceEnded:
+        """Writes are unproven and the process was being killed at a restart: the end is our kill's."""
+        unproven = end.cause is EndCause.NONE and end.io is IoState.UNPROVEN
+        return replace(end, cause=EndCause.KILL) if unproven and end.identity in self._killed else end
 
     def prove_absent(self, vm: VmUuid) -> None:
         """Prove the ends of recorded processes that are gone, and were not seen since the daemon began."""

@@ -250,7 +250,12 @@ class Run:
         left = self._may_act(command.until)
         quit_s = min(self._quit_timeout_s, left / 2)
         async with asyncio.timeout(left):
-            end = await shell.hypervisor.off(process.identity, quit_timeout_s=quit_s, timeout_s=left)
+            end = await shell.hypervisor.off(
+                process.identity,
+                quit_timeout_s=quit_s,
+                timeout_s=left,
+                before_kill=lambda: shell.instances.remember_kill(process.identity),
+            )
         if end.identity != process.identity or end.host != process.host:
             raise HypervisorError(f"the proof is of {end.identity} on {end.host}, not of {process}")
         end = shell.instances.ended(end)

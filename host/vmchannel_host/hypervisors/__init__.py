@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from vmchannel_host.model import Instance, InstanceEnded, InstanceReset, Look, ProcessIdentity, VmUuid
 
@@ -38,6 +38,9 @@ class Ended:
 
 HypervisorEvent = Seen | Ended
 
+BeforeKill: TypeAlias = Callable[[], Awaitable[None]]
+"""Makes durable that a process is about to be killed; when it raises, the SIGKILL is not sent."""
+
 
 class Hypervisor(Protocol):
     """Runs VMs on this host. No method waits longer than the deadline it is given."""
@@ -59,11 +62,24 @@ class Hypervisor(Protocol):
         ...
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         """End one instance: QMP quit, then SIGKILL through the pidfd of the verified process.
 
         A monitor that is mute does not stop it. Idempotent: an instance that has ended is reported as such.
+
+        Args:
+            identity: the process.
+            quit_timeout_s: how long `quit` may take, seconds.
+            timeout_s: how long all of it may take, seconds.
+            before_kill: awaited before the first SIGKILL of a process that may have writes under way. Else a
+                daemon that dies after the kill would not know whose end it was (S1). What it raises is
+                passed on, and the SIGKILL is not sent.
 
         Raises:
             NotProven: `timeout_s` passed and the process was not seen to end. It may be alive.

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from vmchannel_host.hypervisors import HypervisorError, NotProven
+from vmchannel_host.hypervisors import BeforeKill, HypervisorError, NotProven
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.image_locks import OpenStorage, look_at_storage, wait_settled
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
@@ -47,11 +47,19 @@ class Endings:
         self._proc = proc
         self._settle_timeout_s = settle_timeout_s
 
-    async def end(self, watched: Watched, *, quit_timeout_s: float, timeout_s: float) -> InstanceEnded:
+    async def end(
+        self,
+        watched: Watched,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
+    ) -> InstanceEnded:
         """End an instance: `quit` for at most `quit_timeout_s`, then SIGKILL; prove it within `timeout_s`.
 
         Raises:
             NotProven: the process did not end in time. What was asked of it may still take effect.
+            Exception: what `before_kill` raised; no SIGKILL was sent.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         began = self._clock()
@@ -65,7 +73,7 @@ class Endings:
         try:
             if watched.evidence is not None:
                 return watched.evidence
-            await self._quit_or_kill(watched, min(quit_timeout_s, timeout_s / 2), deadline)
+            await self._quit_or_kill(watched, min(quit_timeout_s, timeout_s / 2), deadline, before_kill)
             return await self._conclude(watched, began, deadline)
         finally:
             watched.ending.release()
@@ -78,7 +86,9 @@ class Endings:
                 deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S + self._settle_timeout_s
                 await self._conclude(watched, self._clock(), deadline)
 
-    async def _quit_or_kill(self, watched: Watched, quit_timeout_s: float, deadline: float) -> None:
+    async def _quit_or_kill(
+        self, watched: Watched, quit_timeout_s: float, deadline: float, before_kill: BeforeKill | None
+    ) -> None:
         """Leaves in `storage_at_kill` what it had open when it was killed.
 
         It stays when the caller goes away: whoever concludes the end has no other way to prove its writes.
@@ -92,6 +102,12 @@ class Endings:
             # that is ending shows nothing, whatever it still writes.
             storage = await self._storage(watched)
             try:
+                if not storage.nothing and before_kill is not None:
+                    await _marked(watched, before_kill, deadline)
+                    if not storage.unprovable:  # the mark took its time: look again
+                        storage.close()
+                        storage = OpenStorage((), "not looked at")
+                        storage = await self._storage(watched)
                 if watched.process.ended():
                     return
                 watched.process.kill()
@@ -179,6 +195,17 @@ class Endings:
         loop_time = asyncio.get_running_loop().time()
         settled = await wait_settled(probe, until=min(deadline, loop_time + self._settle_timeout_s))
         return IoState.SETTLED if settled else IoState.UNPROVEN
+
+
+async def _marked(watched: Watched, before_kill: BeforeKill, deadline: float) -> None:
+    """Let the caller note the kill. What it raises, or a passed deadline, keeps the kill from being sent."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            await before_kill()
+    except TimeoutError as error:
+        raise NotProven(
+            f"{watched.identity} was not killed: that it is could not be recorded in time"
+        ) from error
 
 
 async def _ask_to_quit(watched: Watched, monitor: Monitor, timeout_s: float) -> bool:

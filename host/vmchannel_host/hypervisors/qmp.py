@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmchannel_host.hypervisors import HypervisorError, HypervisorEvent, NotProven
+from vmchannel_host.hypervisors import BeforeKill, HypervisorError, HypervisorEvent, NotProven
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import Endings
 from vmchannel_host.hypervisors.follower import Conflict, SocketFollower, Timings
@@ -154,7 +154,12 @@ class QmpHypervisor:
         )
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float, timeout_s: float
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
         """End one instance; see `Hypervisor.off`.
 
@@ -170,7 +175,9 @@ class QmpHypervisor:
         except ProcessGone:
             return self._absent(identity, self._processes.absence(identity))
         remaining_s = deadline - asyncio.get_running_loop().time()
-        return await self._endings.end(watched, quit_timeout_s=quit_timeout_s, timeout_s=remaining_s)
+        return await self._endings.end(
+            watched, quit_timeout_s=quit_timeout_s, timeout_s=remaining_s, before_kill=before_kill
+        )
 
     async def ended(self, identity: ProcessIdentity) -> InstanceEnded | None:
         """How a recorded process has ended, when that is proven; None while it lives. Changes nothing.

@@ -47,7 +47,7 @@ _SCHEMA: Final = (
     """CREATE TABLE instances (id INTEGER PRIMARY KEY, host TEXT NOT NULL, boot_id TEXT NOT NULL,
         pid INTEGER NOT NULL, start_time INTEGER NOT NULL, executable BLOB NOT NULL, vm_uuid TEXT NOT NULL,
         name BLOB NOT NULL, migration TEXT NOT NULL, first_seen REAL NOT NULL, ended_at REAL, proof TEXT,
-        cause TEXT, io TEXT, departed INTEGER, elapsed_ms INTEGER,
+        cause TEXT, io TEXT, departed INTEGER, elapsed_ms INTEGER, killed INTEGER NOT NULL DEFAULT 0,
         UNIQUE (host, boot_id, pid, start_time, vm_uuid, executable))""",
     "CREATE INDEX instances_of_vm ON instances (vm_uuid)",
     """CREATE TABLE aliases (vm_uuid TEXT NOT NULL, refused INTEGER NOT NULL, node_name BLOB NOT NULL,

@@ -174,6 +174,12 @@ class Journal:
             lambda store: tables.remember_instance(store, identity, name, host, migration), timeout_s
         )
 
+    async def remember_kill(
+        self, identity: ProcessIdentity, host: HostName, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Store that this process is about to be killed with writes perhaps under way. Never taken back."""
+        await self._call(lambda store: tables.remember_kill(store, identity, host), timeout_s)
+
     async def remember_end(self, evidence: InstanceEnded, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Store how a process ended. A second proof may settle its I/O or add a departure, nothing else."""
         await self._call(lambda store: tables.remember_end(store, evidence), timeout_s)

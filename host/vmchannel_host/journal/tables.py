@@ -56,6 +56,18 @@ def remember_instance(
     )
 
 
+def remember_kill(store: JournalStore, identity: ProcessIdentity, host: HostName) -> None:
+    """Mark a process that is about to be killed with writes perhaps under way; once."""
+    row_id = _find(store, host, identity)
+    if row_id is None:
+        row_id = _insert(store, identity, "", host, Migration.UNKNOWN)
+    row = store.connection.execute("SELECT killed FROM instances WHERE id = ?", (row_id,)).fetchone()
+    if row is not None and row[0]:
+        return
+    store.append("instance.killed", _NONE, _identity_body(host, identity))
+    store.connection.execute("UPDATE instances SET killed = 1 WHERE id = ?", (row_id,))
+
+
 def remember_end(store: JournalStore, evidence: InstanceEnded) -> None:
     """Store how a process ended; a second proof may settle the I/O or add a departure, no more."""
     row_id = _find(store, evidence.host, evidence.identity)
@@ -88,8 +100,8 @@ def remember_end(store: JournalStore, evidence: InstanceEnded) -> None:
 def known_instances(store: JournalStore, vm_uuid: VmUuid | None) -> list[KnownInstance]:
     """Every process ever seen (of one VM), oldest first."""
     rows = store.connection.execute(
-        """SELECT host, pid, start_time, executable, vm_uuid, boot_id, name, migration, first_seen, ended_at,
-            proof, cause, io, departed, elapsed_ms FROM instances
+        """SELECT host, pid, start_time, executable, vm_uuid, boot_id, name, migration, first_seen, killed,
+            ended_at, proof, cause, io, departed, elapsed_ms FROM instances
             WHERE ?1 IS NULL OR vm_uuid = ?1 ORDER BY id""",
         (vm_uuid,),
     )
@@ -273,6 +285,7 @@ def _parse_instance(row: Row) -> KnownInstance:
             bytes(name),
             str(migration),
             float(first_seen),
+            int(killed),
             *rest,
         ):
             identity = ProcessIdentity(pid, start_time, _text(executable), VmUuid(vm_uuid), BootId(boot_id))
@@ -294,7 +307,7 @@ def _parse_instance(row: Row) -> KnownInstance:
         case _:
             raise ValueError("its end has a column of another type")
     return KnownInstance(
-        HostName(host), identity, _text(name), Migration(migration), first_seen, end, ended_at
+        HostName(host), identity, _text(name), Migration(migration), first_seen, end, ended_at, bool(killed)
     )
 
 

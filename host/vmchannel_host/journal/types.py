@@ -98,6 +98,7 @@ class KnownInstance:
     first_seen: float  # wall time, seconds
     end: InstanceEnded | None
     ended_at: float | None  # wall time when the proof was stored, seconds
+    killed: bool = False  # a SIGKILL was about to be sent while it could have writes under way
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Process:
             return f"{who} had handed the VM over" if handed else f"{who} ended during a migration of the VM"
         if standalone:
             return None
-        if self.evidence.proof is not EndProof.PIDFD and self.evidence.cause is EndCause.NONE:
+        if self.evidence.proof is not EndProof.PIDFD:
             return f"nobody watched the end of {who}, and another host could run the VM (cluster.standalone)"
         if self.ended_as is InstanceState.UNWATCHED:
             return f"the monitor of {who} never answered: a migration of the VM cannot be excluded"

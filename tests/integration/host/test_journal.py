@@ -195,6 +195,30 @@ async def test_a_second_proof_settles_the_io_and_never_takes_a_departure_back(ri
     assert (known.end.io, known.end.departed) == (IoState.SETTLED, True)
 
 
+async def test_a_kill_is_remembered_once_whatever_else_is_learnt(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        await journal.remember_instance(process(), "vm1", HOST)
+        await journal.remember_instance(process(4712, VM2), "vm2", HOST)
+        for _ in range(2):
+            await journal.remember_kill(process(), HOST)
+        await journal.remember_instance(process(), "new", HOST)
+    async with rig.opened() as journal:
+        await journal.remember_end(ended(process()))
+        assert [(one.killed, one.name) for one in await journal.known_instances()] == [
+            (True, "new"),
+            (False, "vm2"),
+        ]
+        result = await journal.verify()
+        assert (result.ok, result.records) == (True, 4)
+
+
+async def test_a_kill_of_a_process_never_seen_is_remembered_too(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        await journal.remember_kill(process(), HOST)
+        [known] = await journal.known_instances()
+        assert (known.identity, known.killed, known.end) == (process(), True, None)
+
+
 async def test_a_process_with_another_start_time_is_another_instance(rig: JournalRig) -> None:
     later = type(process())(4711, 999, "/usr/bin/qemu-system-x86_64", VM1, BOOT)
     async with rig.opened() as journal:

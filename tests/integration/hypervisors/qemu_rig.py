@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from tests.fakes import qmp_server
-from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
+from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id
@@ -203,9 +203,16 @@ class Host:
         return await self.hypervisor.look(timeout_s=timeout_s)
 
     async def off(
-        self, identity: ProcessIdentity, *, quit_timeout_s: float = 5.0, timeout_s: float = 20.0
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float = 5.0,
+        timeout_s: float = 20.0,
+        before_kill: BeforeKill | None = None,
     ) -> InstanceEnded:
-        return await self.hypervisor.off(identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s)
+        return await self.hypervisor.off(
+            identity, quit_timeout_s=quit_timeout_s, timeout_s=timeout_s, before_kill=before_kill
+        )
 
 
 def of(look: Look, qemu: Qemu) -> list[Instance]:

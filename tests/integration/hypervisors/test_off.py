@@ -102,6 +102,22 @@ async def test_after_a_kill_the_image_locks_prove_that_writes_have_settled(rig: 
         assert (evidence.cause, evidence.io) == (EndCause.KILL, IoState.SETTLED)
 
 
+@pytest.mark.parametrize("with_disk", [True, False])
+async def test_only_the_kill_of_a_qemu_with_an_image_open_is_noted(rig: Rig, with_disk: bool) -> None:
+    noted: list[bool] = []
+
+    async def note() -> None:
+        noted.append(True)
+
+    qemu = rig.qemu(*disk(rig.directory)) if with_disk else rig.qemu()
+    async with watching(rig.directory) as host:
+        instance = await ready(host, qemu)
+        qemu.stop()
+        evidence = await host.off(instance.identity, quit_timeout_s=QUIT_S, before_kill=note)
+        assert evidence.io is (IoState.SETTLED if with_disk else IoState.NONE)
+    assert len(noted) == with_disk
+
+
 async def test_an_image_without_locks_leaves_writes_unproven(rig: Rig) -> None:
     qemu = rig.qemu(*disk(rig.directory, ",file.locking=off"))
     async with watching(rig.directory) as host:

@@ -19,8 +19,19 @@ from tests.fakes.hypervisors import (
 )
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, VM1, VM2, World, now, settled
+from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.service import Requester
-from vmchannel_host.model import BootId, EndProof, OperationId, ProcessIdentity, RunState
+from vmchannel_host.hypervisors import BeforeKill, NotProven
+from vmchannel_host.model import (
+    BootId,
+    EndCause,
+    EndProof,
+    InstanceEnded,
+    IoState,
+    OperationId,
+    ProcessIdentity,
+    RunState,
+)
 
 OTHER = Requester(VM2, "vm2", None, "guest-boot-2")
 
@@ -41,6 +52,37 @@ class FadingHypervisor(FakeHypervisor):
 
     def absence(self, identity: ProcessIdentity) -> EndProof | None:
         return EndProof.ABSENT if identity in self.gone else None
+
+
+class SilentKillHypervisor(FakeHypervisor):
+    """`off` kills, and nobody hears of the end any more."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.cause, self.io = EndCause.KILL, IoState.UNPROVEN
+
+    def end(self, identity: ProcessIdentity) -> InstanceEnded:
+        self.note(f"kill {identity.pid}")
+        self.instances.pop(identity)
+        raise NotProven("nobody hears of it")
+
+
+class HungKillHypervisor(FakeHypervisor):
+    """`off` is cut off between the mark and the SIGKILL."""
+
+    async def off(
+        self,
+        identity: ProcessIdentity,
+        *,
+        quit_timeout_s: float,
+        timeout_s: float,
+        before_kill: BeforeKill | None = None,
+    ) -> InstanceEnded:
+        assert before_kill is not None
+        await before_kill()
+        self.note(f"marked {identity.pid}")
+        await asyncio.sleep(timeout_s)
+        raise NotProven("cut off")
 
 
 def stop_at(journal: FakeJournal, *kinds: str) -> asyncio.Event:
@@ -284,6 +326,111 @@ async def test_already_off_after_a_crash_of_qemu_while_the_daemon_was_down() -> 
         answer = await again.ask(FenceAction.OFF)
         assert (answer.ok, answer.code, answer.state) == (True, FenceCode.ALREADY, PowerState.OFF)
         assert again.hypervisor.acts == []
+
+
+async def killed_after_its_kill(io: IoState) -> World:
+    """The daemon dies after its SIGKILL of a VM, before the end is recorded."""
+    hypervisor = SilentKillHypervisor(now)
+    hypervisor.io = io
+    world = World(hypervisor)
+    world.vm()
+    await settled()
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(world.request(FenceAction.OFF, within_s=5), ASKER))
+        await hypervisor.begun("kill")
+        asking.cancel()
+    assert not hypervisor.instances
+    await asyncio.sleep(10)  # nothing is left to take up
+    return world
+
+
+@virtual_time
+async def test_s1_the_writes_of_a_process_that_we_killed_before_the_restart_are_not_forgotten() -> None:
+    world = await killed_after_its_kill(IoState.UNPROVEN)
+    for _ in range(2):  # what the first restart learnt holds after the second
+        async with World(FakeHypervisor(now), world.journal).running() as again:
+            answer = await again.ask(FenceAction.OFF)
+            assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
+            assert "fencing.after_kill: accept" in answer.reason
+    async with World(FakeHypervisor(now), world.journal, rules=Rules(settle=False)).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
+        assert any("killed before a restart of the daemon" in line for line in answer.evidence)
+
+
+@virtual_time
+async def test_nobody_watched_the_end_of_what_we_killed_before_the_restart_so_it_may_have_departed() -> None:
+    world = await killed_after_its_kill(IoState.UNPROVEN)
+    rules = Rules(settle=False, standalone=False)
+    async with World(FakeHypervisor(now), world.journal, rules=rules).running() as again:
+        assert (await again.ask(FenceAction.OFF)).code is FenceCode.MIGRATED_AWAY
+
+
+@virtual_time
+async def test_a_process_without_open_files_that_we_killed_before_the_restart_is_already_off() -> None:
+    world = await killed_after_its_kill(IoState.NONE)
+    async with World(FakeHypervisor(now), world.journal).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (True, FenceCode.ALREADY)
+
+
+@virtual_time
+async def test_s1_what_dies_of_our_kill_only_after_the_restart_is_not_taken_for_a_crash() -> None:
+    hypervisor = HungKillHypervisor(now)
+    world = World(hypervisor)
+    identity = world.vm()
+    await settled()
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(world.request(FenceAction.OFF, within_s=5), ASKER))
+        await hypervisor.begun("marked")
+        asking.cancel()
+    await asyncio.sleep(10)  # nothing is left to take up
+    dying = FakeHypervisor(now)
+    dying.instances = hypervisor.instances
+    async with World(dying, world.journal).running() as again:
+        dying.vanish(identity, watched=True, io=IoState.UNPROVEN)
+        await settled()
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.code) == (False, FenceCode.FAILED)
+        assert "fencing.after_kill: accept" in answer.reason
+
+
+@pytest.mark.parametrize("fault", ["full", "hung"])
+@virtual_time
+async def test_s1_a_kill_that_the_journal_cannot_take_is_not_sent(fault: str) -> None:
+    hypervisor = SilentKillHypervisor(now)
+    world = World(hypervisor)
+    identity = world.vm()
+    await settled()
+
+    def is_mark(what: str) -> bool:
+        return what == "remember_kill"
+
+    setattr(world.journal, fault, is_mark)
+    async with world.running():
+        answer = await world.ask(FenceAction.OFF)
+        assert not answer.ok
+        assert any("was not killed" in line for line in answer.evidence)
+    assert identity in hypervisor.instances
+    assert hypervisor.count("kill") == 0
+
+
+@virtual_time
+async def test_a_process_that_was_to_be_killed_before_the_restart_and_quits_after_it_is_off() -> None:
+    hypervisor = HungKillHypervisor(now)
+    world = World(hypervisor)
+    identity = world.vm()
+    await settled()
+    async with world.running():
+        asking = asyncio.create_task(world.service.answer(world.request(FenceAction.OFF, within_s=5), ASKER))
+        await hypervisor.begun("marked")
+        asking.cancel()
+    assert world.journal.known[identity].killed
+    quits = FakeHypervisor(now)
+    quits.instances = hypervisor.instances
+    async with World(quits, world.journal).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
 
 
 @pytest.mark.parametrize("action", [FenceAction.STATUS, FenceAction.LIST])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.host.hypervisors.test_ending import HOST, MadeUpProcess
-from vmchannel_host.hypervisors import NotProven
+from vmchannel_host.hypervisors import BeforeKill, HypervisorError, NotProven
 from vmchannel_host.hypervisors.cmdline import CommandLine
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import Endings
@@ -48,8 +48,10 @@ class Rig:
         self.watched = self.table.adopt(self.process)
         self.endings = Endings(self.table, DetachedCalls(), host=HOST, clock=lambda: 0.0, proc=root)
 
-    async def off(self, timeout_s: float = 5.0) -> InstanceEnded:
-        return await self.endings.end(self.watched, quit_timeout_s=0.05, timeout_s=timeout_s)
+    async def off(self, timeout_s: float = 5.0, before_kill: BeforeKill | None = None) -> InstanceEnded:
+        return await self.endings.end(
+            self.watched, quit_timeout_s=0.05, timeout_s=timeout_s, before_kill=before_kill
+        )
 
     def close(self) -> None:
         self.process.end()
@@ -137,3 +139,53 @@ async def test_a_process_that_is_ending_has_not_nothing_open(mortal: Rig) -> Non
     assert not storage.nothing
     assert "ending" in storage.unprovable
     assert (await mortal.off()).io is IoState.UNPROVEN
+
+
+async def test_a_kill_is_noted_once_before_it_is_sent(immortal: Rig) -> None:
+    kills: list[int] = []
+
+    async def note() -> None:
+        kills.append(immortal.process.kills)
+
+    for _ in range(2):
+        with pytest.raises(NotProven):
+            await immortal.off(timeout_s=0.2, before_kill=note)
+    assert (kills, immortal.process.kills) == ([0], 2)
+
+
+async def test_what_is_opened_while_the_kill_is_noted_is_seen(immortal: Rig) -> None:
+    async def note() -> None:
+        (immortal.proc.base / "fdinfo/5").write_text(
+            "pos:\t0\nflags:\t02\nmnt_id:\t1\n"
+        )  # its locks are gone
+
+    with pytest.raises(NotProven):
+        await immortal.off(timeout_s=0.2, before_kill=note)
+    storage = immortal.watched.storage_at_kill
+    assert storage is not None
+    assert "without image locks" in storage.unprovable
+
+
+async def test_a_process_with_nothing_open_is_killed_without_a_note(mortal: Rig) -> None:
+    (mortal.proc.base / "fd/5").unlink()
+    (mortal.proc.base / "fd/0").symlink_to("/dev/null")
+
+    async def note() -> None:
+        raise AssertionError("nothing was to be noted")
+
+    assert (await mortal.off(before_kill=note)).io is IoState.NONE
+
+
+async def test_a_kill_that_cannot_be_noted_is_not_sent(mortal: Rig) -> None:
+    async def refuse() -> None:
+        raise HypervisorError("the journal is full")
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(HypervisorError, match="the journal is full"):
+        await mortal.off(before_kill=refuse)
+    with pytest.raises(NotProven, match="was not killed"):
+        await mortal.off(timeout_s=0.1, before_kill=hang)
+    assert mortal.process.kills == 0
+    assert mortal.watched.storage_at_kill is None
