@@ -34,10 +34,10 @@ from vmchannel_host.vm_ports import VmPort
 
 _log = BoundLogger(logging.getLogger(__name__), {})
 
-MAX_CHANNELS: Final = 64
+MAX_CHANNELS: Final = 32
 """Channels of one VM to the fence service; each may hold up to a window in either direction."""
 
-MAX_REQUESTS: Final = 16
+MAX_REQUESTS: Final = 8
 """Requests of one channel that may be under way; the next is read when one is answered (the sender waits)."""
 
 MAX_PROGRESS: Final = 32

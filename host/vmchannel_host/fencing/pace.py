@@ -28,6 +28,14 @@ class Pace:
                 tokens = max(1.0, self._refill(vm))
             self._tokens[vm] = (tokens - 1, self._clock())
 
+    def take(self, vm: VmUuid) -> float:
+        """Take a turn if there is one now and return 0; else how long until the next, seconds."""
+        tokens = self._refill(vm)
+        if tokens < 1:
+            return (1 - tokens) * self._period_s
+        self._tokens[vm] = (tokens - 1, self._clock())
+        return 0.0
+
     def _refill(self, vm: VmUuid) -> float:
         now = self._clock()
         tokens, at = self._tokens.get(vm, (float(self._burst), now))

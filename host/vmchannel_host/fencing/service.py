@@ -62,6 +62,11 @@ ANNOUNCE_BURST: Final = 8
 ANNOUNCE_PERIOD_S: Final = 10.0
 """So many names a VM may announce at once, then one per period: each is a record in the journal."""
 
+FENCE_BURST: Final = 100
+FENCE_PERIOD_S: Final = 5.0
+"""So many operations a VM may ask for at once, then one per period: each is several records in the journal. A
+whole cluster can be fenced at once, some times over."""
+
 _log = BoundLogger(logging.getLogger(__name__), {})
 
 
@@ -167,6 +172,7 @@ class FenceService:
         self._random_bytes = random_bytes
         self._refusals = RefusalLog(journal, clock)
         self._log_limit = RateLimiter(clock=clock)
+        self._fencing = Pace(clock, burst=FENCE_BURST, period_s=FENCE_PERIOD_S)
         self._announcing = Pace(clock, burst=ANNOUNCE_BURST, period_s=ANNOUNCE_PERIOD_S)
         self._flights: dict[bytes, _Flight] = {}
         self._questions = Questions(
@@ -343,6 +349,11 @@ class FenceService:
             if isinstance(resolved, Refused):
                 await self._refusals.note(request, requester.vm, resolved.code, resolved.reason)
                 return self._refusal(request, requester, resolved.code, resolved.reason)
+            wait_s = self._fencing.take(requester.vm) if requester.vm is not None else 0.0
+            if wait_s:
+                reason = f"this VM asks for too many operations: the next one in {wait_s:.0f} s"
+                await self._refusals.note(request, requester.vm, FenceCode.UNAVAILABLE, reason)
+                return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         except JournalError as error:
             reason = f"the journal fails, so nothing is done: {error}"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)

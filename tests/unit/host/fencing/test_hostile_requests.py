@@ -22,8 +22,8 @@ from fence_vmchannel.messages import (
 )
 from fence_vmchannel.tlv import encode
 from tests.fakes.virtual_time import virtual_time
-from tests.unit.host.fencing.world import ASKER, VM2, World, now, settled
-from vmchannel_host.fencing.service import ANNOUNCE_BURST, ANNOUNCE_PERIOD_S
+from tests.unit.host.fencing.world import ASKER, OPERATOR, VM2, VM3, World, now, settled
+from vmchannel_host.fencing.service import ANNOUNCE_BURST, ANNOUNCE_PERIOD_S, FENCE_BURST, FENCE_PERIOD_S
 
 
 @virtual_time
@@ -142,3 +142,18 @@ async def test_refusals_in_a_loop_are_logged_at_a_bounded_rate(caplog: pytest.Lo
             strange = await world.service.answer(world.request(FenceAction.OFF, "\n\x1b[2J"), ASKER)
             assert strange.code is FenceCode.UNKNOWN_PLUG
     assert 2 <= len(caplog.records) < 40
+
+
+@virtual_time
+async def test_operations_asked_for_in_a_loop_reach_the_journal_at_a_bounded_rate() -> None:
+    async with World().running() as world:
+        await world.vm_off()
+        codes = [(await world.ask(FenceAction.OFF)).code for _ in range(2 * FENCE_BURST)]
+        assert codes[:FENCE_BURST] == FENCE_BURST * [FenceCode.ALREADY]
+        assert codes.count(FenceCode.UNAVAILABLE) > FENCE_BURST // 2
+        asked = {one.operation for one in world.journal.records if one.operation}
+        assert len(asked) < FENCE_BURST + now() / FENCE_PERIOD_S + 1
+        assert (await world.ask(FenceAction.OFF, requester=replace(ASKER, vm=VM3))).ok
+        assert (await world.ask(FenceAction.OFF, requester=OPERATOR)).ok
+        await asyncio.sleep(FENCE_PERIOD_S)
+        assert (await world.ask(FenceAction.OFF)).ok
