@@ -7,6 +7,7 @@
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
+IN_CI := -m "not cluster and not peer"
 
 help:      ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -18,7 +19,12 @@ demo: deps ## three guests, one fences another; about a minute
 	@$(BIN)/python -m tests.rig.demo $(ARGS)
 
 test: deps ## unit, integration and system tests (ARGS="-k name" narrows)
-	$(PYTEST) -m "not cluster and not peer" $(ARGS) tests/unit tests/integration tests/system
+ifeq ($(ARGS),)
+	$(PYTEST) $(IN_CI) --numprocesses=2 --dist=loadfile tests/unit tests/integration
+	$(PYTEST) $(IN_CI) tests/system  # guests take both cores: one module at a time
+else
+	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/system
+endif
 
 check: deps ## format, lint, types (mypy and pyright, strict), import contracts
 	$(BIN)/ruff format --check .
