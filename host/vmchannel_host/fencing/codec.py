@@ -30,6 +30,9 @@ OUTCOME = "fence.outcome"
 REFUSED = "fence.refused"
 CHECK = "fence.check"
 
+STEPS = (INTENT, PHASE, EVIDENCE, OUTCOME)
+"""The kinds of the records of one operation."""
+
 
 Body: TypeAlias = Mapping[str, Json]
 """The JSON of a record."""

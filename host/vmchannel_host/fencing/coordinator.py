@@ -21,10 +21,14 @@ from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Proc
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
-from vmchannel_host.model import BootId, OperationId, VmUuid
+from vmchannel_host.journal.types import OperationRows, Record
+from vmchannel_host.model import BootId, OperationId, RunState, VmUuid
 
 RESUME_LIMIT: Final = 1000
 """How many of the latest operations a start looks through for unfinished ones."""
+
+START_POLL_S: Final = 0.25
+"""How often it is asked whether a start that was in flight at a restart has brought up its VM, seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -152,21 +156,27 @@ class Coordinator:
         """Take up what the journal holds without an outcome, after a restart.
 
         An `off` is run again until its end, and so is a reboot or `on` that had not acted, or had begun to
-        destroy; one whose start may have run is only looked at; a reset that may have run has failed. Returns
-        when each is taken up, not when it is finished.
+        destroy; one whose start may have run is only looked at; a reset that may have run has failed. A start
+        that had not returned holds up every `off` of its VM (S12). Returns when each is taken up, not when it
+        is finished.
 
         Raises:
             JournalError: the journal cannot be read or written; serve no requests.
         """
         await self._shell.tasks.opened()
+        past: list[tuple[OperationRows, Record | None, list[str]]] = []
         for row in reversed(await self._shell.journal.operations(RESUME_LIMIT)):
             if row.first.kind != codec.INTENT:
                 continue
             records = await self._shell.journal.operation(row.operation)
             outcome = next((one for one in records if one.kind == codec.OUTCOME), None)
+            past.append(
+                (row, outcome, [str(one.body.get("phase")) for one in records if one.kind == codec.PHASE])
+            )
+            self._expect_start(row.operation, records)
+        for row, outcome, phases in past:  # after all starts: an `off` may come before the one it waits for
             vm = row.first.body.get("vm")
             if outcome is None:
-                phases = [str(one.body.get("phase")) for one in records if one.kind == codec.PHASE]
                 await self._take_up(row.operation, row.first.body, phases)
             elif outcome.boot_id == self._boot_id and isinstance(vm, str):
                 self._schedule.end(row.operation, VmUuid(vm), outcome.boottime)
@@ -205,6 +215,39 @@ class Coordinator:
             recognised=order.named or registry.knows(order.vm),
             request_id=order.request_id,
         )
+
+    def _expect_start(self, operation: OperationId, records: Sequence[Record]) -> None:
+        """A start may have been in flight at the restart, that of an operation since taken over too (S12).
+
+        It counts as pending until its VM is seen running, or until the intent's end.
+        """
+        bodies = {kind: [one.body for one in records if one.kind == kind] for kind in codec.STEPS}
+        phases = [body.get("phase") for body in bodies[codec.PHASE]]
+        returned = any(body.get("kind") == "start" for body in bodies[codec.EVIDENCE])
+        succeeded = any(body.get("state") == "on" for body in bodies[codec.OUTCOME])
+        if phases[-1:] != [Phase.STARTING.value] or returned or succeeded:
+            return
+        try:
+            intent = codec.read_intent(operation, bodies[codec.INTENT][0], Phase.STARTING)
+        except (codec.Unreadable, ValueError) as error:
+            _log.error("op=%s: unreadable intent: %s", operation, error)
+            return
+        if intent.boot_id == self._boot_id and self._shell.clock() < intent.end:
+            self._starting[operation] = intent.vm
+            self._shell.tasks.spawn(self._await_start(intent), f"fence {operation} start before the restart")
+
+    async def _await_start(self, intent: Intent) -> None:
+        shell = self._shell
+        old = {process.identity for process in intent.named}
+        while (left := intent.end - shell.clock()) > 0:
+            found = shell.instances.registry.instances(intent.vm)
+            if len(found) == 1 and found[0].run_state is RunState.RUNNING and found[0].identity not in old:
+                break  # what the resumed operation takes for its success
+            await asyncio.sleep(min(START_POLL_S, left))
+        run = self._runs.get(intent.operation)
+        if run is not None:  # it sees the same with its next look, unless it is taken over
+            await self._wait(run, intent.end)
+        shell.bus.publish(StartReport(intent.operation, shell.bus.host))
 
     async def _take_up(self, operation: OperationId, body: codec.Body, phases: Sequence[str]) -> None:
         try:
@@ -289,7 +332,9 @@ class Coordinator:
             intent.action.name.lower(),
             intent.requester or "operator",
         )
-        pending = tuple(sorted(one for one, vm in self._starting.items() if vm == intent.vm))
+        pending = tuple(
+            sorted(one for one, vm in self._starting.items() if vm == intent.vm and one != intent.operation)
+        )
         run.begin(self._settings, pending)
 
     def _join(self, run: Run, other: Run) -> None:

@@ -31,6 +31,7 @@ from vmchannel_host.model import (
     OperationId,
     ProcessIdentity,
     RunState,
+    VmUuid,
 )
 
 OTHER = Requester(VM2, "vm2", None, "guest-boot-2")
@@ -65,6 +66,17 @@ class SilentKillHypervisor(FakeHypervisor):
         self.note(f"kill {identity.pid}")
         self.instances.pop(identity)
         raise NotProven("nobody hears of it")
+
+
+class DetachedStartHypervisor(FakeHypervisor):
+    """A start command goes on when the daemon dies, and brings up the VM after `start_s`."""
+
+    start_s = 5.0
+
+    async def start(self, vm: VmUuid, name: str, *, timeout_s: float) -> None:
+        self.note(f"start {name}")
+        asyncio.get_running_loop().call_later(self.start_s, self.add, vm, name)
+        await asyncio.sleep(self.start_s)
 
 
 class HungKillHypervisor(FakeHypervisor):
@@ -277,7 +289,7 @@ async def test_s12_off_takes_over_a_resumed_reboot_too() -> None:
     hypervisor.startable.add(VM2)
     world = World(hypervisor)
     world.vm(run_state=RunState.PAUSED)
-    request = world.request(FenceAction.REBOOT)
+    request = world.request(FenceAction.REBOOT, within_s=10)
     async with world.running():
         asking = asyncio.create_task(world.service.answer(request, ASKER))
         await hypervisor.begun("start")
@@ -287,6 +299,95 @@ async def test_s12_off_takes_over_a_resumed_reboot_too() -> None:
         await asyncio.sleep(60)
         assert hypervisor.count("start") == 1
         assert not unfinished(again.journal)
+
+
+async def died_while_starting(hypervisor: FakeHypervisor, *, within_s: float) -> World:
+    """The daemon dies 1 s after an `on` has begun its start command."""
+    hypervisor.startable.add(VM2)
+    world = World(hypervisor)
+    async with world.running():
+        await world.vm_off()
+        asking = asyncio.create_task(
+            world.service.answer(world.request(FenceAction.ON, within_s=within_s), ASKER)
+        )
+        await hypervisor.begun("start")
+        await asyncio.sleep(1)
+        asking.cancel()
+    return world
+
+
+@pytest.mark.parametrize("operations", [1, 2])
+@virtual_time
+async def test_s12_off_waits_for_a_start_that_was_in_flight_at_the_restart(operations: int) -> None:
+    hypervisor = DetachedStartHypervisor(now)
+    world = await died_while_starting(hypervisor, within_s=20)
+    begun = now()
+    async with World(hypervisor, world.journal).running() as again:
+        for _ in range(operations):
+            answer = await again.ask(FenceAction.OFF)
+            assert (answer.ok, answer.state) == (True, PowerState.OFF)
+            assert not hypervisor.instances
+        assert 3.5 < now() - begun < 6
+        await asyncio.sleep(60)
+    assert (hypervisor.count("start"), hypervisor.count("off")) == (1, 1)
+    assert not hypervisor.instances
+    assert not unfinished(again.journal)
+
+
+@virtual_time
+async def test_s12_an_off_that_had_taken_over_a_start_waits_for_it_after_the_restart_too() -> None:
+    hypervisor = DetachedStartHypervisor(now)
+    hypervisor.startable.add(VM2)
+    world = World(hypervisor)
+    request = world.request(FenceAction.OFF)
+    async with world.running():
+        await world.vm_off()
+        starting = asyncio.create_task(world.ask(FenceAction.ON))
+        await hypervisor.begun("start")
+        asking = asyncio.create_task(world.service.answer(request, ASKER))
+        assert not (await starting).ok  # taken over
+        await asyncio.sleep(1)
+        asking.cancel()
+    _, answer = await answer_after_restart(world, request)
+    assert (answer.ok, answer.state) == (True, PowerState.OFF)
+    assert hypervisor.count("off") == 1
+    assert not hypervisor.instances
+
+
+@virtual_time
+async def test_s12_a_start_from_before_the_restart_that_brings_nothing_is_waited_for_until_its_end() -> None:
+    hypervisor = DetachedStartHypervisor(now)
+    hypervisor.start_s = 1000.0
+    world = await died_while_starting(hypervisor, within_s=10)
+    (end,) = (one.body["end"] for one in world.journal.records if one.kind == "fence.intent")
+    assert isinstance(end, float)
+    async with World(hypervisor, world.journal).running() as again:
+        early = await again.ask(FenceAction.OFF, within_s=4)
+        assert (early.ok, early.code) == (False, FenceCode.DEADLINE)
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
+        assert end <= now() < end + 0.5
+
+
+@virtual_time
+async def test_off_does_not_wait_for_a_start_that_had_returned_before_the_restart() -> None:
+    world = await died_while_starting(BarrenHypervisor(now), within_s=20)
+    begun = now()
+    async with World(world.hypervisor, world.journal).running() as again:
+        assert (await again.ask(FenceAction.OFF)).ok
+        assert now() - begun < 1
+
+
+@virtual_time
+async def test_off_does_not_wait_for_a_start_whose_vm_was_seen_running_after_the_restart() -> None:
+    hypervisor = DetachedStartHypervisor(now)
+    world = await died_while_starting(hypervisor, within_s=40)
+    async with World(hypervisor, world.journal).running() as again:
+        await asyncio.sleep(8)
+        assert not unfinished(again.journal)
+        begun = now()
+        assert (await again.ask(FenceAction.OFF)).ok
+        assert now() - begun < 1
 
 
 @virtual_time
