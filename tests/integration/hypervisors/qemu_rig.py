@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -138,7 +139,8 @@ class Rig:
         started = Qemu(vm_uuid, process, path)
         self._started.append(started)
         deadline = time.monotonic() + 30
-        while not _listens(path):
+        ports = [Path(found) for word in command for found in re.findall(r"path=([^,]+),server=on", word)]
+        while not all(map(_listens, [path, *ports])):  # QEMU opens them in no order of ours
             assert process.poll() is None, f"QEMU ended at once: {command}"
             assert time.monotonic() < deadline, "QEMU opened no monitor in 30 s"
             time.sleep(0.01)
