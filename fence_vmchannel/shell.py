@@ -37,9 +37,14 @@ _E = TypeVar("_E", ChannelOpened, ChannelAccepted, Data, Granted, Closed)
 _NEVER_HELD_BACK: Final = 196_608
 """The session sends so much without an acknowledgement (256 KiB less one frame, rounded down)."""
 
-READ_BUDGET: Final = 65_536
-"""Bytes read in one turn, so that a peer that floods leaves the loop to the others. With four times as much a
-flood of the smallest frames held them up for 0.1 to 0.3 s a turn (measured)."""
+READ_BUDGET: Final = 262_144
+"""Bytes read in one turn, so that a peer that floods leaves the loop to the others."""
+
+READ_S: Final = 0.005
+"""After so long no more is read in one turn: as the smallest frames, 256 KiB take 0.1 to 0.3 s (measured)."""
+
+_CHUNK: Final = 65_536
+"""Bytes taken in at once; a port gives no more than 4,096 in one read."""
 
 
 class ChannelUser(Protocol):
@@ -186,29 +191,32 @@ class Shell:
         if link.present and not self._up:
             self._up = True
             self.connection.link_up(now)
-        pieces: list[bytes] = []
-        more, ended = self._read(link, pieces)
-        if pieces:
-            self.connection.receive(b"".join(pieces), now)
+        more, ended, size = True, None, 0
+        while more and size < READ_BUDGET and (not size or self._clock() - now < READ_S):
+            data, more, ended = self._read(link)
+            size += len(data)
+            if data:
+                self.connection.receive(data, now)
+        self.received_bytes += size
         if self._up and not link.present:
             self.detail = "the other end of the link is not connected"
             self._lower()
         return more, ended
 
-    def _read(self, link: Link, pieces: list[bytes]) -> tuple[bool, LinkError | None]:
+    def _read(self, link: Link) -> tuple[bytes, bool, LinkError | None]:
+        """What there is, at most about one chunk; whether more may wait; and how the link has ended."""
+        pieces: list[bytes] = []
         size = 0
         try:
-            while size < READ_BUDGET:
+            while size < _CHUNK:
                 piece = link.receive()
                 if not piece:
-                    return False, None
+                    return b"".join(pieces), False, None
                 pieces.append(piece)
                 size += len(piece)
         except LinkError as error:
-            return False, error
-        finally:
-            self.received_bytes += size
-        return True, None
+            return b"".join(pieces), False, error
+        return b"".join(pieces), True, None
 
     def _transmit(self, now: float) -> None:
         link = self._link
