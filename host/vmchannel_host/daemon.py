@@ -31,8 +31,9 @@ from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Ordered
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.run import FenceSettings, Shell
-from vmchannel_host.fencing.service import FenceService, Requester
+from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.launch import Launcher
@@ -226,6 +227,7 @@ class Daemon:
             boot_id=parts.processes.boot_id,
             coordinator=coordinator,
             instances=instances,
+            watching=self._hypervisor,
             journal=journal,
             policy=lambda: self._settings.policy,
             names=names,

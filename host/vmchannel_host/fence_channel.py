@@ -27,7 +27,8 @@ from fence_vmchannel.messages import (
     encode_message,
 )
 from fence_vmchannel.tlv import encode
-from vmchannel_host.fencing.service import FenceService, ProgressSink, Requester
+from vmchannel_host.fencing.requester import Requester
+from vmchannel_host.fencing.service import FenceService, ProgressSink
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import VmUuid
 from vmchannel_host.vm_ports import VmPort

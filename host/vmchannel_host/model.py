@@ -95,6 +95,9 @@ class Instance:
     """Whether the configuration leads to it: one of its QMP sockets is ours. Another QEMU of this host
     matters only as an instance of a VM that we know by its UUID (S0): it bears no name, so that nobody who
     may run a process here can take a VM's name from it."""
+    interruptions: int = 0
+    """How often its guest was reset, or may have been restored, since we watch it (S5). QEMU tells a restore
+    (`loadvm`) by nothing but its RESUME, as it tells the end of a pause: every one counts."""
 
     @property
     def vm_uuid(self) -> VmUuid:

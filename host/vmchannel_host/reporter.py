@@ -22,7 +22,7 @@ from fence_vmchannel.hub.events import (
 from fence_vmchannel.hub.watch import Watch
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.view import AdminEvent
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
 from vmchannel_host.model import ProcessIdentity, RunState, VmUuid
 from vmchannel_host.registry.registry import VmRegistry
@@ -52,6 +52,7 @@ class Reporter:
         self._feed = feed
         self._wall_clock = wall_clock
         self._run_states: dict[ProcessIdentity, RunState] = {}
+        self._interruptions: dict[ProcessIdentity, int] = {}
         self._boots: dict[VmUuid, str] = {}  # the kernel boot with which a VM's guest last spoke
 
     def on_instance(self, event: HypervisorEvent) -> None:
@@ -61,7 +62,10 @@ class Reporter:
                 vm, identity = instance.vm_uuid, instance.identity
                 before = self._run_states.get(identity)
                 self._run_states[identity] = instance.run_state
-                if before is RunState.RUNNING and instance.run_state is not RunState.RUNNING:
+                paused = before is RunState.RUNNING and instance.run_state is not RunState.RUNNING
+                known = self._interruptions.get(identity, 0)
+                self._interruptions[identity] = instance.interruptions
+                if paused or instance.interruptions != known:  # a short pause shows in the count only
                     self._service.requester_interrupted(vm)
                 if before is not instance.run_state:
                     kind = "vm.seen" if before is None else "vm.changed"
@@ -69,6 +73,7 @@ class Reporter:
             case Ended(end):
                 vm = end.identity.vm_uuid
                 self._run_states.pop(end.identity, None)
+                self._interruptions.pop(end.identity, None)
                 self._tell("vm.ended", f"{end.identity}: {end.proof.value}, {end.cause.value}", vm)
             case _:
                 assert_never(event)

@@ -127,6 +127,12 @@ class FakeJournal:
             request_id, requester, digest, operation, deadline, self.boot_id, None
         )
 
+    async def interrupt_requests(self, vm_uuid: VmUuid, now: float, *, timeout_s: float = 5.0) -> None:
+        await self._write("interrupt_requests", timeout_s)
+        for key, one in self.requests.items():
+            if one.requester.startswith(f"{vm_uuid} ") and one.deadline > now:
+                self.requests[key] = replace(one, requester=f"{one.requester} interrupted")
+
     async def remember_answer(self, request_id: bytes, answer: bytes, *, timeout_s: float = 5.0) -> None:
         await self._write("remember_answer", timeout_s)
         one = self.requests[request_id]

@@ -52,6 +52,7 @@ class FakeHypervisor:
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
         self.startable: set[VmUuid] = set()
+        self.mute: set[ProcessIdentity] = set()  # monitors that do not answer
         self.boot_s = 0.5  # from start to running
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
@@ -125,6 +126,15 @@ class FakeHypervisor:
 
     def look_at_ports(self, identity: ProcessIdentity) -> None:
         """Its ports never change."""
+
+    def interruptions(self, identity: ProcessIdentity) -> int:
+        instance = self.instances.get(identity)
+        return instance.interruptions if instance is not None else -1
+
+    async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
+        await asyncio.sleep(self.delay_s)
+        if identity not in self.instances or identity in self.mute:
+            raise HypervisorError("no monitor tells what happened to it")
 
     async def look(self, *, timeout_s: float) -> Look:
         self.looks += 1

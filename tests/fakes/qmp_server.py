@@ -210,6 +210,7 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
         "migrates-when-told-to-quit": lambda vm_uuid: truthful(vm_uuid) | {"quit": _migrate_away},
         "garbage": lambda vm_uuid: truthful(vm_uuid) | {"query-status": answer(["running"])},
         "flood": lambda vm_uuid: truthful(vm_uuid) | {"query-migrate": _flood},
+        "hangs-up": lambda vm_uuid: truthful(vm_uuid) | {"query-status": _hang_up},
         "opens-and-closes-its-port-in-silence": lambda vm_uuid: (
             truthful(vm_uuid) | {"query-chardev": _open_for_a_while()}
         ),
@@ -226,6 +227,12 @@ def _open_for_a_while() -> Reply:
         session.say({"return": [chardev | {"frontend-open": next(states, False)}], "id": identifier})
 
     return reply
+
+
+async def _hang_up(session: Session, identifier: object) -> None:
+    """Answer that the VM runs, and close the connection."""
+    session.say({"return": {"status": "running", "running": True, "singlestep": False}, "id": identifier})
+    session.hang_up()
 
 
 async def _migrate_away(session: Session, identifier: object) -> None:

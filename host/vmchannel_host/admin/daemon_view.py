@@ -28,7 +28,8 @@ from vmchannel_host.admin.view import (
 )
 from vmchannel_host.fencing.coordinator import RunningOperation
 from vmchannel_host.fencing.instances import Instances
-from vmchannel_host.fencing.service import ProgressSink, Requester
+from vmchannel_host.fencing.requester import Requester
+from vmchannel_host.fencing.service import ProgressSink
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, OperationRows, Record, VerifyResult
 from vmchannel_host.model import HostName, Instance, OperationId, RunState, VmUuid

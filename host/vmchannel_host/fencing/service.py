@@ -37,12 +37,14 @@ from vmchannel_host.fencing.pace import Pace
 from vmchannel_host.fencing.questions import Questions
 from vmchannel_host.fencing.records import FenceJournal
 from vmchannel_host.fencing.refusals import RefusalLog
+from vmchannel_host.fencing.requester import Incarnations, Requester, Watching
 from vmchannel_host.fencing.run import MAX_SLEEP_S
 from vmchannel_host.fencing.shared_look import SharedLook
 from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, StoredRequest
 from vmchannel_host.logs import BoundLogger, RateLimiter
-from vmchannel_host.model import BootId, HostName, OperationId, ProcessIdentity, VmUuid
+from vmchannel_host.model import BootId, HostName, OperationId, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
 
@@ -71,30 +73,6 @@ _log = BoundLogger(logging.getLogger(__name__), {})
 
 
 @dataclass(frozen=True, slots=True)
-class Requester:
-    """One incarnation of who asks: a stored answer goes to no other (S5).
-
-    The VM's fields come from the socket it speaks through and from its session's greeting, never from a
-    request.
-    """
-
-    vm: VmUuid | None  # None: the operator
-    name: str  # VM's name, or the operator's user name; untrusted text
-    process: ProcessIdentity | None = None
-    guest_boot_id: str = ""
-    resets: int = 0  # resets and restores of the guest seen while this process ran
-
-    @property
-    def key(self) -> str:
-        """The incarnation as stored with its requests."""
-        if self.vm is None:
-            return f"operator {self.name}"
-        one = self.process
-        process = f"{one.pid}:{one.start_time}:{one.boot_id}" if one is not None else "-"
-        return f"{self.vm} {process} {self.guest_boot_id or '-'} {self.resets}"
-
-
-@dataclass(frozen=True, slots=True)
 class _Window:
     """The time that a request leaves, CLOCK_BOOTTIME in seconds."""
 
@@ -115,6 +93,7 @@ class _Flight:
 
     request: FenceRequest
     requester: Requester
+    requester_key: str
     digest: bytes
     window: _Window
     done: asyncio.Future[FenceAnswer]
@@ -142,6 +121,7 @@ class FenceService:
         boot_id: BootId,
         coordinator: Coordinator,
         instances: Instances,
+        watching: Watching,
         policy: Callable[[], Policy],
         names: AliasTable,
         journal: FenceJournal,
@@ -154,10 +134,11 @@ class FenceService:
 
         Args:
             boot_id: of this host's kernel; the domain of all ticks.
+            watching: tells what happened to a requester's VM: the hypervisor.
             policy: gives the policy in force.
             clock: CLOCK_BOOTTIME, seconds.
             wall_clock: seconds since 1970, for people.
-            random_bytes: for operation ids.
+            random_bytes: for operation ids, and to name this run of the daemon.
         """
         self._host = host
         self._boot_id = boot_id
@@ -175,6 +156,7 @@ class FenceService:
         self._fencing = Pace(clock, burst=FENCE_BURST, period_s=FENCE_PERIOD_S)
         self._announcing = Pace(clock, burst=ANNOUNCE_BURST, period_s=ANNOUNCE_PERIOD_S)
         self._flights: dict[bytes, _Flight] = {}
+        self._incarnations = Incarnations(watching, journal, tasks, clock, random_bytes(4).hex())
         self._questions = Questions(
             instances=instances,
             look=SharedLook(instances, tasks, clock),
@@ -224,13 +206,14 @@ class FenceService:
     def cancel(self, request_id: bytes, requester: Requester) -> bool:
         """The client stops waiting. True: dropped, no intent follows; False: it goes on, or is unknown."""
         flight = self._flights.get(request_id)
-        if flight is None or flight.begun or flight.requester.key != requester.key:
+        if flight is None or flight.begun or flight.requester != self._incarnations.present(requester):
             return False
         flight.dropped = "cancelled by the client before anything was done"
         return True
 
     def requester_interrupted(self, vm: VmUuid) -> None:
         """That VM was paused, reset or restored: its requests that are not yet intents end (S6)."""
+        self._incarnations.interrupted(vm)
         for flight in self._flights.values():
             if flight.requester.vm == vm and not flight.begun:
                 flight.dropped = "the requester's VM was paused, reset or restored meanwhile"
@@ -287,15 +270,18 @@ class FenceService:
         self, request: FenceRequest, requester: Requester, window: _Window, progress: ProgressSink | None
     ) -> FenceAnswer:
         digest = _digest(request)
+        requester = self._incarnations.present(requester)
         flight = self._flights.get(request.request_id)
-        if flight is None:
+        if flight is not None:
+            refused = await self._refuse_another(request, requester, flight.requester_key, flight.digest)
+            if refused is not None:
+                return refused
+        else:
             many = sum(one.requester.vm == requester.vm for one in self._flights.values())
             if many >= MAX_FLIGHTS:
                 reason = f"{many} requests of this requester are under way"
                 return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
             flight = self._take_off(request, requester, digest, window)
-        elif flight.requester.key != requester.key or flight.digest != digest:
-            return self._refusal(request, requester, FenceCode.BAD_REQUEST, "this request id is another's")
         if progress is not None:
             flight.sinks.append(progress)
         try:
@@ -316,7 +302,8 @@ class FenceService:
         self, request: FenceRequest, requester: Requester, digest: bytes, window: _Window
     ) -> _Flight:
         done: asyncio.Future[FenceAnswer] = asyncio.get_running_loop().create_future()
-        flight = _Flight(request, requester, digest, window, done)
+        key = self._incarnations.key(requester)
+        flight = _Flight(request, requester, key, digest, window, done)
         self._flights[request.request_id] = flight
         try:
             self._tasks.spawn(self._fly(flight), f"fence request {request.request_id.hex()[:8]}")
@@ -358,8 +345,9 @@ class FenceService:
             reason = f"the journal fails, so nothing is done: {error}"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         operation = OperationId(self._random_bytes(8).hex())
+        self._incarnations.storing(requester, window.deadline)
         remember = self._journal.remember_request(
-            request.request_id, requester.key, flight.digest, operation, window.deadline
+            request.request_id, flight.requester_key, flight.digest, operation, window.deadline
         )
         order = Order(
             action=request.action,
@@ -388,9 +376,9 @@ class FenceService:
     async def _answer_again(self, flight: _Flight, stored: StoredRequest) -> FenceAnswer:
         """The id was used before: give its result to its own incarnation in time; never act again (S5)."""
         request, requester = flight.request, flight.requester
-        if stored.requester != requester.key or stored.digest != flight.digest:
-            reason = "this request id was used by another incarnation, or for another request"
-            return self._refusal(request, requester, FenceCode.BAD_REQUEST, reason)
+        refused = await self._refuse_another(request, requester, stored.requester, stored.digest)
+        if refused is not None:
+            return refused
         if stored.boot_id != self._boot_id or self._clock() >= stored.deadline:
             reason = "this request's first deadline is past: ask with a new id"
             return self._refusal(request, requester, FenceCode.STALE, reason)
@@ -405,6 +393,18 @@ class FenceService:
         body: codec.Body = records[0].body if records else {}
         vm, name = str(body.get("vm", "")), str(body.get("name", ""))
         return self._from(request, requester, outcome, VmUuid(vm), name)
+
+    async def _refuse_another(
+        self, request: FenceRequest, requester: Requester, key: str, digest: bytes
+    ) -> FenceAnswer | None:
+        """Refuse a known request id to another incarnation, and for another request; None: it is the same."""
+        try:
+            same = digest == _digest(request) and await self._incarnations.is_same(key, requester)
+        except HypervisorError as error:
+            reason = f"whether the VM that asked was reset or restored since is unknown: {error}"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        reason = "this request id was used by another incarnation, or for another request"
+        return None if same else self._refusal(request, requester, FenceCode.BAD_REQUEST, reason)
 
     def _unknown(self, request: FenceRequest, requester: Requester, stored: StoredRequest) -> FenceAnswer:
         reason = f"the host daemon was restarted in op={stored.operation}: its outcome is unknown"

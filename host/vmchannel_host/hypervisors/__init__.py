@@ -57,6 +57,18 @@ class Hypervisor(Protocol):
         """Find out soon whether that instance's guest has its ports open: it spoke on one. Does not wait."""
         ...
 
+    def interruptions(self, identity: ProcessIdentity) -> int:
+        """`Instance.interruptions`, as far as heard; -1 when the instance is not watched. Does not wait."""
+        ...
+
+    async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
+        """Hear all that happened to the instance before this call, `interruptions` above all.
+
+        Raises:
+            HypervisorError: its monitor does not answer: what happened is unknown.
+        """
+        ...
+
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory."""
         ...

@@ -190,7 +190,7 @@ class SocketFollower:
                 raise MonitorClosed(f"{self.path}: closed")
 
     async def _follow(self, monitor: Monitor, watched: Watched) -> None:
-        watched.monitor, watched.facts, watched.mute = monitor, None, False
+        watched.attach(monitor)
         self._watched, self._ports_dirty, self._migration_watched = watched, True, False
         monitor.on_event(self._on_event)
         async with asyncio.TaskGroup() as tasks:

@@ -37,10 +37,12 @@ class Watched:
         self.process = process
         self.configured = configured  # see `Instance.configured`
         self.monitor: Monitor | None = None
+        self.monitored = False  # a monitor was believed once
         self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
         self.mute = False
         self.last_migration = Migration.UNKNOWN  # as last watched, also while the monitor is silent
         self.migration_events = 0  # heard so far
+        self.interruptions = 0  # see `Instance.interruptions`
         self.shutdown_seen = False  # QEMU said that it leaves by itself
         self.cause = EndCause.NONE  # the strongest thing that we did to it
         self.quit_taken = False  # QEMU has said that it carries out our `quit`
@@ -70,7 +72,15 @@ class Watched:
             resettable=bool(facts and answering and facts.resettable and not self._reset_is_no_proof()),
             monitor=self.monitor.path if self.monitor and answering else "",
             configured=self.configured,
+            interruptions=self.interruptions,
         )
+
+    def attach(self, monitor: Monitor) -> None:
+        """Believe this monitor from now on. What happened since an earlier one closed, nobody heard."""
+        if self.monitored:
+            self.interruptions += 1
+        self.monitored = True
+        self.monitor, self.facts, self.mute = monitor, None, False
 
     def drop_storage(self) -> None:
         """Close what `storage_at_kill` holds open."""
@@ -106,6 +116,7 @@ class Watched:
         elif event == "SHUTDOWN":
             self.shutdown_seen = True
         elif event in ("RESET", "RESUME"):
+            self.interruptions += 1
             self.shutdown_seen = False  # -no-shutdown: it had stayed
 
     def _name(self) -> str:

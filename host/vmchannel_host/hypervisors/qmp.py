@@ -31,7 +31,7 @@ from vmchannel_host.hypervisors.process import (
     Unidentified,
     VerifiedProcess,
 )
-from vmchannel_host.hypervisors.qmp_monitor import working_directory
+from vmchannel_host.hypervisors.qmp_monitor import read_run_state, working_directory
 from vmchannel_host.hypervisors.resetting import reset_instance
 from vmchannel_host.model import (
     EndCause,
@@ -117,6 +117,18 @@ class QmpHypervisor:
         """See `Hypervisor`."""
         for follower, _ in self._followers.values():
             follower.look_at_ports(identity)
+
+    def interruptions(self, identity: ProcessIdentity) -> int:
+        """See `Hypervisor`."""
+        watched = self._table.get((identity.pid, identity.start_time))
+        return watched.interruptions if watched is not None and watched.identity == identity else -1
+
+    async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
+        """See `Hypervisor`. QEMU writes events and replies in the order in which they happen."""
+        watched = self._table.get((identity.pid, identity.start_time))
+        if watched is None or watched.identity != identity or watched.monitor is None:
+            raise HypervisorError(f"{identity}: no monitor tells what happened to it")
+        await read_run_state(watched.monitor, timeout_s=timeout_s)
 
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh. A VM of which nothing can be said is in `silent`.

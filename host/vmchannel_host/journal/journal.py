@@ -248,6 +248,12 @@ class Journal:
         """
         await self._call(lambda store: tables.remember_answer(store, request_id, answer), timeout_s)
 
+    async def interrupt_requests(
+        self, vm_uuid: VmUuid, now: float, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Let the stored answers of that VM's requests be nobody's (`now`: CLOCK_BOOTTIME, seconds)."""
+        await self._call(lambda store: tables.interrupt_requests(store, vm_uuid, now), timeout_s)
+
     async def request(
         self, request_id: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> StoredRequest | None:

@@ -200,6 +200,18 @@ def remember_answer(store: JournalStore, request_id: bytes, answer: bytes) -> No
     store.connection.execute("UPDATE requests SET answer = ? WHERE request_id = ?", (answer, request_id))
 
 
+def interrupt_requests(store: JournalStore, vm_uuid: VmUuid, now: float) -> None:
+    """Let the requests of that VM whose deadline is to come be nobody's: their requester was interrupted.
+
+    `now`: CLOCK_BOOTTIME, seconds.
+    """
+    store.connection.execute(
+        """UPDATE requests SET requester = requester || ' interrupted'
+            WHERE boot_id = ? AND deadline > ? AND substr(requester, 1, length(?)) = ?""",
+        (store.settings.boot_id, now, f"{vm_uuid} ", f"{vm_uuid} "),
+    )
+
+
 def find_request(store: JournalStore, request_id: bytes) -> StoredRequest | None:
     """The stored request of that id."""
     row = store.connection.execute(

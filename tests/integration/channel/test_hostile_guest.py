@@ -38,7 +38,8 @@ from fence_vmchannel.peers import HOST_PEER, PeerKind
 from tests.fakes.hub_pair import HOST, VM, FakePort, eventually
 from tests.fakes.raw_guest import RawGuest, opening
 from vmchannel_host.fence_channel import MAX_CHANNELS, FenceChannels
-from vmchannel_host.fencing.service import ProgressSink, Requester
+from vmchannel_host.fencing.requester import Requester
+from vmchannel_host.fencing.service import ProgressSink
 from vmchannel_host.model import BootId, Port, PortName, ProcessIdentity, VmUuid
 from vmchannel_host.vm_ports import VmPort
 

@@ -286,6 +286,20 @@ async def test_a_request_and_its_answer_survive_a_restart(rig: JournalRig) -> No
     assert stored.answer == b"\x00answer"
 
 
+async def test_an_interruption_takes_from_its_vm_alone_the_requests_that_are_in_time(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        for key, vm, deadline in ((b"late", VM1, 10.0), (b"mine", VM1, 30.0), (b"other", VM2, 30.0)):
+            await journal.remember_request(key, f"{vm} who", b"d", OP1, deadline)
+        await journal.interrupt_requests(VM1, 20.0)
+    async with rig.opened() as journal:
+        kept = {key: await journal.request(key) for key in (b"late", b"mine", b"other")}
+    assert {key: one.requester for key, one in kept.items() if one is not None} == {
+        b"late": f"{VM1} who",
+        b"mine": f"{VM1} who interrupted",
+        b"other": f"{VM2} who",
+    }
+
+
 async def test_a_request_id_is_taken_once_and_its_answer_never_changes(rig: JournalRig) -> None:
     async with rig.opened() as journal:
         await journal.remember_request(b"k", "vm1", b"d", OP1, 1.0)

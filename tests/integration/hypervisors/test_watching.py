@@ -7,6 +7,8 @@ import os
 import socket
 from contextlib import suppress
 
+import pytest
+
 from tests.integration.hypervisors.qemu_rig import (
     FAKE,
     HeldMonitor,
@@ -16,6 +18,7 @@ from tests.integration.hypervisors.qemu_rig import (
     of,
     watching,
 )
+from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.follower import Timings
 from vmchannel_host.hypervisors.process import EXECUTABLES
 from vmchannel_host.model import EndCause, EndProof, IoState, Migration, Port, PortName, RunState
@@ -220,3 +223,32 @@ async def test_a_socket_of_a_program_that_is_no_monitor_is_left_alone(rig: Rig) 
         async with watching(rig.directory) as host:
             await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
             assert of(await host.look(), qemu)[0].run_state is RunState.RUNNING
+
+
+async def test_resets_and_continuations_are_counted_though_they_are_over_at_once(rig: Rig) -> None:
+    second = rig.directory / "second.sock"
+    qemu = rig.qemu("-qmp", f"unix:{second},server=on,wait=off")
+    async with watching(rig.directory) as host:
+        instance = await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
+        before = host.hypervisor.interruptions(instance.identity)
+        await command(second, "stop", "cont", "stop", "cont", "system_reset")
+        await host.hypervisor.catch_up(instance.identity, timeout_s=10)
+        assert host.hypervisor.interruptions(instance.identity) == before + 3
+        await host.until(qemu, lambda i: i.interruptions == before + 3)
+
+
+async def test_a_monitor_that_was_away_may_have_missed_something(rig: Rig) -> None:
+    qemu = rig.scripted("hangs-up")
+    async with watching(rig.directory, executables=(*EXECUTABLES, FAKE)) as host:
+        await host.until(qemu, lambda i: i.interruptions > 0)
+
+
+async def test_a_mute_monitor_tells_not_what_happened(rig: Rig) -> None:
+    qemu = rig.qemu()
+    async with watching(rig.directory) as host:
+        instance = await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
+        qemu.stop()
+        with pytest.raises(HypervisorError):
+            await host.hypervisor.catch_up(instance.identity, timeout_s=0.2)
+        qemu.resume()
+        await host.hypervisor.catch_up(instance.identity, timeout_s=10)

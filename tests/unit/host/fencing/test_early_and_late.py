@@ -12,7 +12,7 @@ from tests.fakes.fence_journal import FakeJournal
 from tests.fakes.hypervisors import BOOT, FakeHypervisor, HungHypervisor
 from tests.fakes.virtual_time import VirtualTimeLoop, virtual_time
 from tests.unit.host.fencing.world import ASKER, OPERATOR, VM1, VM2, World, now, settled
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 
 TARGET = Requester(VM2, "vm2", None, "guest-boot-2")
 

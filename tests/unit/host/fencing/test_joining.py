@@ -20,7 +20,7 @@ from tests.unit.host.fencing.operation_builders import (
 from tests.unit.host.fencing.world import VM1, VM2, VM3, World, now, settled
 from vmchannel_host.fencing.events import Destroy, Joined, StartVm, TakeLook
 from vmchannel_host.fencing.operation import MAX_JOINS
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.states import OperationState
 from vmchannel_host.model import Look, RunState, VmUuid
 

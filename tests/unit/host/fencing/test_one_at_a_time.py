@@ -15,7 +15,7 @@ from tests.fakes.hypervisors import (
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, OPERATOR, VM1, VM2, VM3, World, now, settled
 from vmchannel_host.config.model import Group
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.model import RunState
 from vmchannel_host.policy.policy import Policy
 

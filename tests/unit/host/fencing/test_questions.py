@@ -10,7 +10,7 @@ from tests.fakes.hypervisors import BlindHypervisor, ForgetfulHypervisor
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, OPERATOR, STRANGER, VM1, VM2, VM3, World, now, settled
 from vmchannel_host.fencing.evidence import Rules
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.model import Migration, RunState
 
 

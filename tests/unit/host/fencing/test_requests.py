@@ -12,7 +12,8 @@ from fence_vmchannel.messages import Announce, FenceAction, FenceCode, PowerStat
 from tests.fakes.hypervisors import HungHypervisor
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, OPERATOR, VM1, VM2, VM3, World, new_id, now, settled
-from vmchannel_host.fencing.service import MAX_FLIGHTS, Requester
+from vmchannel_host.fencing.requester import Requester
+from vmchannel_host.fencing.service import MAX_FLIGHTS
 from vmchannel_host.model import BootId, ProcessIdentity
 
 OTHER = Requester(VM3, "vm3", None, "guest-boot-3")
@@ -66,7 +67,6 @@ async def test_s5_a_retransmission_with_a_newer_tick_is_the_same_request() -> No
 @pytest.mark.parametrize(
     "other",
     [
-        replace(ASKER, resets=1),
         replace(ASKER, guest_boot_id="guest-boot-2"),
         replace(ASKER, process=ProcessIdentity(7, 70, "/usr/bin/qemu", VM1, BootId("boot-1"))),
         OTHER,
@@ -82,6 +82,90 @@ async def test_s5_a_stored_result_goes_to_no_other_incarnation_of_the_requester(
         await world.service.answer(request, ASKER)
         answer = await world.service.answer(request, other)
         assert (answer.ok, answer.code) == (False, FenceCode.BAD_REQUEST)
+
+
+async def asking(world: World) -> Requester:
+    """A requester that runs in a process of its own."""
+    requester = replace(ASKER, process=world.vm(VM1, "vm1"))
+    await settled()
+    return requester
+
+
+def interrupt(world: World, requester: Requester) -> None:
+    """The requester's guest is reset, or restored."""
+    assert requester.process is not None
+    instance = world.hypervisor.instances[requester.process]
+    world.hypervisor.change(replace(instance, interruptions=instance.interruptions + 1))
+
+
+@virtual_time
+async def test_s5_a_stored_result_goes_to_no_guest_that_was_reset_or_restored_since() -> None:
+    async with World().running() as world:
+        world.vm()
+        asker = await asking(world)
+        request = world.request(FenceAction.OFF)
+        first = await world.service.answer(request, asker)
+        assert (await world.service.answer(request, asker)).operation == first.operation
+        interrupt(world, asker)
+        answer = await world.service.answer(request, asker)
+        assert (answer.ok, answer.code) == (False, FenceCode.BAD_REQUEST)
+        assert (await world.ask(FenceAction.OFF, requester=asker)).ok, "a new id is another request"
+
+
+@virtual_time
+async def test_s5_a_requester_whose_monitor_is_mute_fences_but_gets_no_stored_result() -> None:
+    async with World().running() as world:
+        world.vm()
+        asker = await asking(world)
+        assert asker.process is not None
+        world.hypervisor.mute.add(asker.process)
+        request = world.request(FenceAction.OFF)
+        assert (await world.service.answer(request, asker)).ok
+        answer = await world.service.answer(request, asker)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+
+
+@virtual_time
+async def test_s5_an_operation_that_runs_is_not_joined_by_a_guest_that_was_restored_since() -> None:
+    async with World(HungHypervisor(now)).running() as world:
+        world.vm()
+        asker = await asking(world)
+        request = world.request(FenceAction.OFF, within_s=5)
+        running = asyncio.create_task(world.service.answer(request, asker))
+        await asyncio.sleep(0.1)
+        interrupt(world, asker)
+        assert (await world.service.answer(request, asker)).code is FenceCode.BAD_REQUEST
+        await running
+
+
+@virtual_time
+async def test_s5_an_interruption_is_remembered_across_a_restart() -> None:
+    async with World().running() as world:
+        world.vm()
+        asker = await asking(world)
+        kept, lost = world.request(FenceAction.OFF), world.request(FenceAction.OFF)
+        await world.service.answer(lost, asker)
+        world.service.requester_interrupted(VM1)
+        await settled()
+        first = await world.service.answer(kept, asker)
+    async with World(world.hypervisor, world.journal).running() as world:
+        assert (await world.service.answer(lost, asker)).code is FenceCode.BAD_REQUEST
+        assert (await world.service.answer(kept, asker)).operation == first.operation
+
+
+@virtual_time
+async def test_s5_a_guest_that_is_interrupted_in_a_loop_costs_the_journal_one_write_at_a_time() -> None:
+    async with World().running() as world:
+        asker = await asking(world)
+        writes: list[str] = []
+        world.journal.hook = writes.append
+        world.journal.slow = lambda _: 1.0
+        for _ in range(100):
+            interrupt(world, asker)
+            world.service.requester_interrupted(VM1)
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(5)
+        assert writes.count("interrupt_requests") <= 3
 
 
 @virtual_time
@@ -207,7 +291,9 @@ async def test_an_interruption_of_another_vm_changes_nothing() -> None:
     async with World().running() as world:
         world.vm()
         await settled()
-        world.journal.hook = lambda _: world.service.requester_interrupted(VM3)
+        world.journal.hook = lambda kind: (
+            world.service.requester_interrupted(VM3) if kind == "fence.intent" else None
+        )
         assert (await world.ask(FenceAction.OFF)).ok
 
 

@@ -20,7 +20,7 @@ from tests.fakes.hypervisors import (
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, VM1, VM2, World, now, settled
 from vmchannel_host.fencing.evidence import Rules
-from vmchannel_host.fencing.service import Requester
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.hypervisors import BeforeKill, NotProven
 from vmchannel_host.model import (
     BootId,

@@ -17,8 +17,9 @@ from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Ordered
+from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.run import FenceSettings, Shell
-from vmchannel_host.fencing.service import FenceService, Requester
+from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.model import BootId, ProcessIdentity, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
@@ -82,6 +83,7 @@ class World:
             boot_id=BOOT,
             coordinator=self.coordinator,
             instances=self.instances,
+            watching=self.hypervisor,
             policy=lambda: self.policy,
             names=self.names,
             journal=self.journal,
