@@ -29,6 +29,7 @@ from fence_vmchannel.messages import (
 from fence_vmchannel.tlv import encode
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import FenceService, ProgressSink
+from vmchannel_host.fencing.turns import Turns
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import VmUuid
 from vmchannel_host.vm_ports import VmPort
@@ -67,6 +68,7 @@ class FenceChannels:
         self._service = service
         self._on_guest = on_guest
         self._open: Counter[VmUuid | None] = Counter()  # channels by VM
+        self._turns = Turns()
         self._log_limit = RateLimiter()
 
     async def serve(self, channel: Channel) -> None:
@@ -125,6 +127,7 @@ class FenceChannels:
         try:
             match message:
                 case FenceRequest():
+                    await self._turns.turn(requester.vm)
                     answer = await self._service.answer(message, requester, tell)
                     await channel.send(encode_message(answer))
                 case Announce():
