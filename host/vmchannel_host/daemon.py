@@ -27,6 +27,7 @@ from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
 from vmchannel_host.config.model import AfterKill, HostConfig
 from vmchannel_host.fence_channel import FenceChannels, Metered
+from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
@@ -258,10 +259,18 @@ class Daemon:
             ports=ports,
             operations=core.coordinator,
             operator=core.answers,
+            word=OperatorWord(
+                instances=core.instances,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                rules=lambda: core.coordinator.settings.rules,
+                running=core.coordinator.running,
+            ),
             journal=core.journal,
             feed=core.feed,
             health=self._health,
             clock=self._parts.clock,
+            wall_clock=self._parts.wall_clock,
         )
         return AdminServer(view, core.metrics, self._settings.config.paths.admin_socket)
 

@@ -17,6 +17,7 @@ from vmchannel_host.admin.operations_view import full, summary
 from vmchannel_host.admin.view import (
     AdminEvent,
     CanView,
+    ConfirmView,
     DaemonStatus,
     FenceOrder,
     Finding,
@@ -26,6 +27,7 @@ from vmchannel_host.admin.view import (
     PortView,
     VmView,
 )
+from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.service import ProgressSink, Requester
@@ -95,10 +97,12 @@ class View:
         ports: VmPorts,
         operations: Operations,
         operator: Operator,
+        word: OperatorWord,
         journal: PastOperations,
         feed: Feed,
         health: Health,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
         self._host = host
         self._instances = instances
@@ -109,10 +113,12 @@ class View:
         self._ports = ports
         self._operations = operations
         self._operator = operator
+        self._word = word
         self._journal = journal
         self._feed = feed
         self._health = health
         self._clock = clock
+        self._wall_clock = wall_clock
         self._began = clock()
 
     def status(self) -> DaemonStatus:
@@ -220,6 +226,15 @@ class View:
         """Carry out an operator's order."""
         request = self._operator.operator_request(order.request_id, order.action, order.vm, order.timeout_s)
         return await self._operator.answer(request, Requester(None, order.operator), progress)
+
+    async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
+        """Take an operator's word."""
+        told = await self._word.confirm_off(vm, operator)
+        uuid = told.vm_uuid or ""
+        if told.ok:
+            text = f"{told.reason}; {len(told.lines)} ends"
+            self._feed.publish(AdminEvent(self._wall_clock(), "vm.confirmed-off", text, uuid, told.name))
+        return ConfirmView(told.ok, told.code, told.reason, uuid, told.name, told.lines)
 
     def events(self) -> AsyncIterator[AdminEvent]:
         """What happens from now on."""
