@@ -96,6 +96,8 @@ class Instance:
     matters only as an instance of a VM that we know by its UUID (S0): it bears no name, so that nobody who
     may run a process here can take a VM's name from it."""
 
+    version: str = ""  # of its QEMU, as "7.2.11"; "" when not told
+
     @property
     def vm_uuid(self) -> VmUuid:
         return self.identity.vm_uuid

@@ -27,6 +27,7 @@ from vmchannel_host.admin.view import (
     PortView,
     VmView,
 )
+from vmchannel_host.doctor.daemon_facts import Doctor
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
 from vmchannel_host.fencing.instances import Instances
@@ -83,6 +84,11 @@ class Health:
     journal: str = "ok"  # or what the last check found
 
 
+def journal_state(journal: PastOperations, health: Health) -> str:
+    """What is wrong with the journal, by its own word or by the last check; `ok` when nothing is."""
+    return journal.problem or health.journal
+
+
 class View:
     """Implements `AdminView`. The plain methods read memory only."""
 
@@ -98,6 +104,7 @@ class View:
         operations: Operations,
         operator: Operator,
         word: OperatorWord,
+        doctor: Doctor,
         journal: PastOperations,
         feed: Feed,
         health: Health,
@@ -114,6 +121,7 @@ class View:
         self._operations = operations
         self._operator = operator
         self._word = word
+        self._doctor = doctor
         self._journal = journal
         self._feed = feed
         self._health = health
@@ -220,7 +228,7 @@ class View:
 
     async def doctor(self) -> Sequence[Finding]:
         """What is wrong."""
-        return [Finding("error", "daemon", text) for text in self._problems()]
+        return await self._doctor.examine()
 
     async def fence(self, order: FenceOrder, progress: Callable[[FenceProgress], None]) -> FenceAnswer:
         """Carry out an operator's order."""
@@ -245,7 +253,7 @@ class View:
         return await self._journal.verify()
 
     def _journal_state(self) -> str:
-        return self._journal.problem or self._health.journal
+        return journal_state(self._journal, self._health)
 
     def _power(self, vm: VmUuid) -> str:
         if self._registry.instances(vm):

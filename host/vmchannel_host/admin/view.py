@@ -147,7 +147,7 @@ class ConfirmView:
 class Finding:
     """One line of `doctor`."""
 
-    level: str  # "ok", "warning", "error"
+    level: str  # "error", "warning", or "note": nothing is wrong
     subject: str
     text: str
     remedy: str = ""

@@ -15,6 +15,7 @@ from typing import Final
 from vmchannel_host.cli import show
 from vmchannel_host.cli.confirm import add_confirm, confirm_off
 from vmchannel_host.cli.console import Console, ExitCode
+from vmchannel_host.cli.doctor import add_doctor, doctor
 from vmchannel_host.cli.http_client import AdminClient, Answer, BrokenOff, CliError, Doc, docs, told
 from vmchannel_host.cli.progress import ProgressLine
 
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add("vms", _list("/v1/vms", show.vms), "list the VMs")
     add("ports", _list("/v1/ports", show.ports), "list the ports that are served")
     add("hosts", _list("/v1/hosts", show.hosts), "list the hosts that could hold a VM")
-    add("doctor", _doctor, "tell what is wrong and what to do")
+    add_doctor(add("doctor", doctor, "tell what is wrong and what to do"))
     add("events", _events, "show what happens, until interrupted")
     _add_fence(add("fence", _fence, "change or ask the power state of a VM"))
     add_confirm(add("confirm-off", confirm_off, "take your word that a VM which left this host is off"))
@@ -152,16 +153,6 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     else:
         console.lines(show.status(Doc(value), console.width))
     return ExitCode.DONE
-
-
-def _doctor(arguments: argparse.Namespace, console: Console) -> int:
-    value = _client(arguments).get("/v1/doctor").checked()
-    findings = docs(value)
-    if arguments.json:
-        console.json(value)
-    else:
-        console.lines(show.findings(findings, console.width))
-    return ExitCode.FAILED if any(finding.text("level") == "error" for finding in findings) else ExitCode.DONE
 
 
 def _ops(arguments: argparse.Namespace, console: Console) -> int:

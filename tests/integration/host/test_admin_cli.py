@@ -257,8 +257,10 @@ async def test_can_tells_allowed_and_provable_apart(rig: AdminRig, answer: CanVi
 
 async def test_doctor_fails_when_something_is_wrong(rig: AdminRig) -> None:
     assert (await ctl(rig, "doctor")).lines == ["nothing is wrong"]
-    rig.view.findings = [Finding("warning", "vm2", "no port", "attach one")]
+    rig.view.findings = [Finding("note", "vm2", "in no group")]
     assert (await ctl(rig, "doctor")).code == 0
+    rig.view.findings = [Finding("warning", "vm2", "no port", "attach one")]
+    assert (await ctl(rig, "doctor")).code == 1
     rig.view.findings.append(Finding("error", "journal", "disk full", "make room"))
     ran = await ctl(rig, "doctor")
     assert ran.code == 1

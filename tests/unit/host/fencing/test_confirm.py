@@ -126,7 +126,7 @@ async def test_s1_the_operators_word_needs_a_look_that_counts() -> None:
 async def test_s1_a_word_that_the_journal_did_not_take_counts_for_nothing(fault: str) -> None:
     async with World().running() as world:
         await left(world)
-        setattr(world.journal, fault, lambda what: what == "remember_confirmed")
+        setattr(world.journal, fault, "remember_confirmed".__eq__)
         assert (await word(world).confirm_off("vm2", "alice")).code is FenceCode.UNAVAILABLE
         assert await state(world) is PowerState.UNKNOWN
 
