@@ -7,10 +7,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import fence_vmchannel
@@ -19,14 +20,19 @@ from fence_vmchannel.core.events import Limits, PeerIdentity
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub, boot_clock
 from fence_vmchannel.messages import FENCE_SERVICE, REQUEST_ID_BYTES, FenceAction, FenceAnswer
-from vmchannel_host.admin.daemon_view import Health, View
+from vmchannel_host.admin.daemon_view import Health, View, journal_state
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.listener import AdminSocketError
 from vmchannel_host.admin.metrics import Metrics
 from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
+from vmchannel_host.config.loading import check_config
 from vmchannel_host.config.model import AfterKill, HostConfig
+from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.doctor.facts import MachineFacts
+from vmchannel_host.doctor.machine import collect
 from vmchannel_host.fence_channel import FenceChannels, Metered
+from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import Coordinator
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
@@ -87,9 +93,15 @@ def real_parts() -> Parts:
     return Parts(processes=processes, peers=QemuPeers(processes))
 
 
-def build(config: HostConfig, *, notifier: Notifier | None = None, parts: Parts | None = None) -> Daemon:
-    """Make the daemon of a configuration. Nothing is opened yet."""
-    return Daemon(config, notifier or Notifier({}), parts or real_parts())
+def build(
+    config: HostConfig,
+    *,
+    file: Path | None = None,
+    notifier: Notifier | None = None,
+    parts: Parts | None = None,
+) -> Daemon:
+    """Make the daemon of a configuration. Nothing is opened yet. `file` is where it was read from."""
+    return Daemon(config, file, notifier or Notifier({}), parts or real_parts())
 
 
 @dataclass(slots=True)
@@ -124,8 +136,9 @@ class _Core:
 class Daemon:
     """The host daemon. `run` once; `stop` and `reload` from the same event loop."""
 
-    def __init__(self, config: HostConfig, notifier: Notifier, parts: Parts) -> None:
+    def __init__(self, config: HostConfig, file: Path | None, notifier: Notifier, parts: Parts) -> None:
         self._settings = _Settings(config)
+        self._file = file
         self._notifier = notifier
         self._parts = parts
         self._health = Health()
@@ -260,12 +273,47 @@ class Daemon:
             ports=ports,
             operations=core.coordinator,
             operator=core.answers,
+            doctor=self._build_doctor(core, hub, ports),
+            word=OperatorWord(
+                instances=core.instances,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                rules=lambda: core.coordinator.settings.rules,
+                running=core.coordinator.running,
+            ),
             journal=core.journal,
             feed=core.feed,
             health=self._health,
             clock=self._parts.clock,
+            wall_clock=self._parts.wall_clock,
         )
         return AdminServer(view, core.metrics, self._settings.config.paths.admin_socket)
+
+    def _build_doctor(self, core: _Core, hub: Hub, ports: VmPorts) -> Doctor:
+        settings, parts = self._settings, self._parts
+
+        def machine(paths: Sequence[str], timeout_s: float) -> MachineFacts:
+            problems = [str(one) for one in check_config(self._file)] if self._file is not None else []
+            return collect(
+                settings.config, ports=paths, daemon=os.getpid(), problems=problems, timeout_s=timeout_s
+            )
+
+        return Doctor(
+            registry=self._registry,
+            policy=lambda: settings.policy,
+            names=core.names,
+            rules=lambda: core.coordinator.settings.rules,
+            cluster=lambda: settings.config.cluster,
+            hub=hub.status,
+            ports=ports,
+            journal=core.journal,
+            journal_problem=lambda: journal_state(core.journal, self._health),
+            state=lambda: self._health.state,
+            boot_id=parts.processes.boot_id,
+            clock=parts.clock,
+            wall_clock=parts.wall_clock,
+            machine=machine,
+        )
 
     async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:
         """Fence a VM on the daemon's own account."""

@@ -15,11 +15,16 @@ from typing import Final, TextIO
 
 import fence_vmchannel
 from vmchannel_host import logs
-from vmchannel_host.config.loading import ConfigError, HostConfig, check_config, load_config
+from vmchannel_host.config.loading import (
+    DEFAULT_CONFIG,
+    ConfigError,
+    HostConfig,
+    check_config,
+    load_config,
+)
 from vmchannel_host.daemon import Daemon, StartError, build
 from vmchannel_host.notify import Notifier
 
-DEFAULT_CONFIG: Final = Path("/etc/vmchannel/host.yaml")
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(config.log.level.value, sys.stderr, for_journald="JOURNAL_STREAM" in os.environ)
     try:
         notifier = Notifier(os.environ)
-        asyncio.run(run(build(config, notifier=notifier), options.config))
+        asyncio.run(run(build(config, file=options.config, notifier=notifier), options.config))
     except (StartError, ValueError) as error:
         _log.error("cannot start: %s", error)
         return EXIT_FAILED

@@ -99,6 +99,8 @@ class Instance:
     """How often its guest was reset, or may have been restored, since we watch it (S5). QEMU tells a restore
     (`loadvm`) by nothing but its RESUME, as it tells the end of a pause: every one counts."""
 
+    version: str = ""  # of its QEMU, as "7.2.11"; "" when not told
+
     @property
     def vm_uuid(self) -> VmUuid:
         return self.identity.vm_uuid

@@ -103,7 +103,14 @@ class FakeJournal:
             evidence,
             self.clock(),
             old.killed if old else False,
+            old.confirmed_by if old else "",
         )
+
+    async def remember_confirmed(self, vm_uuid: VmUuid, by: str, *, timeout_s: float = 5.0) -> None:
+        await self._write("remember_confirmed", timeout_s)
+        for identity, one in self.known.items():
+            if identity.vm_uuid == vm_uuid and one.end is not None and not one.confirmed_by:
+                self.known[identity] = replace(one, confirmed_by=by)
 
     async def known_instances(
         self, vm_uuid: VmUuid | None = None, *, timeout_s: float = 5.0

@@ -17,6 +17,7 @@ from vmchannel_host.admin.operations_view import full, summary
 from vmchannel_host.admin.view import (
     AdminEvent,
     CanView,
+    ConfirmView,
     DaemonStatus,
     FenceOrder,
     Finding,
@@ -26,6 +27,8 @@ from vmchannel_host.admin.view import (
     PortView,
     VmView,
 )
+from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.requester import Requester
@@ -82,6 +85,11 @@ class Health:
     journal: str = "ok"  # or what the last check found
 
 
+def journal_state(journal: PastOperations, health: Health) -> str:
+    """What is wrong with the journal, by its own word or by the last check; `ok` when nothing is."""
+    return journal.problem or health.journal
+
+
 class View:
     """Implements `AdminView`. The plain methods read memory only."""
 
@@ -96,10 +104,13 @@ class View:
         ports: VmPorts,
         operations: Operations,
         operator: Operator,
+        word: OperatorWord,
+        doctor: Doctor,
         journal: PastOperations,
         feed: Feed,
         health: Health,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
         self._host = host
         self._instances = instances
@@ -110,10 +121,13 @@ class View:
         self._ports = ports
         self._operations = operations
         self._operator = operator
+        self._word = word
+        self._doctor = doctor
         self._journal = journal
         self._feed = feed
         self._health = health
         self._clock = clock
+        self._wall_clock = wall_clock
         self._began = clock()
 
     def status(self) -> DaemonStatus:
@@ -215,12 +229,21 @@ class View:
 
     async def doctor(self) -> Sequence[Finding]:
         """What is wrong."""
-        return [Finding("error", "daemon", text) for text in self._problems()]
+        return await self._doctor.examine()
 
     async def fence(self, order: FenceOrder, progress: Callable[[FenceProgress], None]) -> FenceAnswer:
         """Carry out an operator's order."""
         request = self._operator.operator_request(order.request_id, order.action, order.vm, order.timeout_s)
         return await self._operator.answer(request, Requester(None, order.operator), progress)
+
+    async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
+        """Take an operator's word."""
+        told = await self._word.confirm_off(vm, operator)
+        uuid = told.vm_uuid or ""
+        if told.ok:
+            text = f"{told.reason}; {len(told.lines)} ends"
+            self._feed.publish(AdminEvent(self._wall_clock(), "vm.confirmed-off", text, uuid, told.name))
+        return ConfirmView(told.ok, told.code, told.reason, uuid, told.name, told.lines)
 
     def events(self) -> AsyncIterator[AdminEvent]:
         """What happens from now on."""
@@ -231,7 +254,7 @@ class View:
         return await self._journal.verify()
 
     def _journal_state(self) -> str:
-        return self._journal.problem or self._health.journal
+        return journal_state(self._journal, self._health)
 
     def _power(self, vm: VmUuid) -> str:
         if self._registry.instances(vm):

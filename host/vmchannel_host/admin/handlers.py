@@ -16,10 +16,13 @@ from vmchannel_host.admin.json_text import (
     AdminRefusal,
     answer_json,
     answer_status,
+    confirm_json,
+    confirm_status,
     dump,
     parse_action,
     parse_name,
     parse_order,
+    parse_vm,
     to_json,
 )
 from vmchannel_host.admin.listener import peer_user
@@ -70,6 +73,7 @@ class AdminHandlers:
             web.get("/v1/journal/verify", self._verify),
             web.get("/v1/events", self._events),
             web.post("/v1/fence", self._fence),
+            web.post("/v1/confirm-off", self._confirm_off),
             web.get("/metrics", self._render_metrics),
         ]
 
@@ -111,13 +115,20 @@ class AdminHandlers:
     async def _render_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _fence(self, request: web.Request) -> web.StreamResponse:
+    async def _confirm_off(self, request: web.Request) -> web.Response:
+        vm = parse_vm(await self._body(request))
+        told = await self._view.confirm_off(vm, _operator(request))
+        return web.json_response(text=dump(confirm_json(told)), status=confirm_status(told))
+
+    async def _body(self, request: web.Request) -> bytes:
         try:
             async with asyncio.timeout(self._patience_s):
-                body = await request.read()
+                return await request.read()
         except TimeoutError as error:
             raise AdminRefusal(408, "timeout", "the request did not arrive in time") from error
-        order = parse_order(body, _operator(request))
+
+    async def _fence(self, request: web.Request) -> web.StreamResponse:
+        order = parse_order(await self._body(request), _operator(request))
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await self._fence_with_progress(request, order)
         answer = await self._order(order, lambda _: None)

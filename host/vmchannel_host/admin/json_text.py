@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Final, NoReturn, cast
 
 from fence_vmchannel.messages import MAX_PLUG, REQUEST_ID_BYTES, FenceAction, FenceAnswer, FenceCode
-from vmchannel_host.admin.view import FenceOrder
+from vmchannel_host.admin.view import ConfirmView, FenceOrder
 
 MAX_TIMEOUT_S: Final = 3600.0
 ORDERS: Final = (
@@ -98,6 +98,44 @@ def answer_json(answer: FenceAnswer) -> dict[str, object]:
     body = cast("dict[str, object]", to_json(answer))
     body["remedy"] = "" if answer.ok else REMEDIES[answer.code][1]
     return body
+
+
+def confirm_status(told: ConfirmView) -> int:
+    """The HTTP status of what became of an operator's word; 2xx only when it counts."""
+    return 200 if told.ok else _CONFIRM_STATUS.get(told.code, 500)
+
+
+def confirm_json(told: ConfirmView) -> dict[str, object]:
+    """What became of an operator's word, with the remedy that goes with its code."""
+    body = cast("dict[str, object]", to_json(told))
+    remedy = _CONFIRM_REMEDIES.get(told.code, REMEDIES[told.code][1])
+    body["remedy"] = "" if told.ok else remedy
+    return body
+
+
+_CONFIRM_REMEDIES: Final[Mapping[FenceCode, str]] = {
+    FenceCode.FAILED: "what can be proven must be: `vmchannelctl fence off VM`, then confirm what is left",
+    FenceCode.BUSY: "wait for the operation that it names",
+}
+_CONFIRM_STATUS: Final[Mapping[FenceCode, int]] = {
+    FenceCode.UNKNOWN_PLUG: 404,
+    FenceCode.AMBIGUOUS: 409,
+    FenceCode.BUSY: 409,
+    FenceCode.FAILED: 409,
+    FenceCode.UNAVAILABLE: 503,
+}
+
+
+def parse_vm(body: bytes) -> str:
+    """Read the body of POST /v1/confirm-off.
+
+    Raises:
+        AdminRefusal: it is no JSON object with the one key `vm`.
+    """
+    values = _parse_object(body)
+    if values.keys() != {"vm"}:
+        raise _bad("the body must have one key, 'vm'")
+    return parse_name("vm", values["vm"])
 
 
 def parse_order(body: bytes, operator: str) -> FenceOrder:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceProgress
+from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, FenceProgress
 from vmchannel_host.journal.types import VerifyResult
 
 
@@ -132,10 +132,22 @@ class CanView:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfirmView:
+    """What became of an operator's word that a VM is off."""
+
+    ok: bool
+    code: FenceCode  # DONE, ALREADY, or why the word was not taken
+    reason: str
+    vm_uuid: str = ""
+    vm_name: str = ""  # untrusted text
+    lines: tuple[str, ...] = ()  # the ends that it covers
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One line of `doctor`."""
 
-    level: str  # "ok", "warning", "error"
+    level: str  # "error", "warning", or "note": nothing is wrong
     subject: str
     text: str
     remedy: str = ""
@@ -195,6 +207,10 @@ class AdminView(Protocol):
         """
         ...
 
+    async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
+        """Take the word of `operator` that the VM is off; durable before it counts. Looks afresh."""
+        ...
+
     def events(self) -> AsyncIterator[AdminEvent]:
         """What happens from now on; an async generator is closed when the listener goes.
 
@@ -209,6 +225,7 @@ __all__ = [
     "AdminEvent",
     "AdminView",
     "CanView",
+    "ConfirmView",
     "DaemonStatus",
     "FenceOrder",
     "Finding",

@@ -124,13 +124,21 @@ class AdminClient:
             BrokenOff: the answer did not come whole within `timeout_s` seconds.
         """
         target = quote(path) + ("?" + urlencode(query) if query else "")
-        connection, response = self._request("GET", target, None, timeout_s or self._timeout_s)
+        return self._whole("GET", target, None, timeout_s or self._timeout_s)
+
+    def _whole(self, method: str, target: str, body: bytes | None, timeout_s: float) -> Answer:
+        connection, response = self._request(method, target, body, timeout_s)
         try:
             return Answer(response.status, _parse(response.read()))
         except (OSError, http.client.HTTPException) as error:
             raise BrokenOff(f"{self._path}: the daemon broke off: {error}") from error
         finally:
             connection.close()
+
+    def post(self, path: str, body: object, *, timeout_s: float | None = None) -> Answer:
+        """Order and wait for the whole answer. Raises as `get`; after `BrokenOff` the outcome is unknown."""
+        data = json.dumps(body).encode("ascii")
+        return self._whole("POST", quote(path), data, timeout_s or self._timeout_s)
 
     def stream(
         self, method: str, path: str, body: object, *, timeout_s: float | None

@@ -5,52 +5,23 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Final, TextIO
+from typing import Final
 
 from vmchannel_host.cli import show
+from vmchannel_host.cli.confirm import add_confirm, confirm_off
+from vmchannel_host.cli.console import Console, ExitCode
+from vmchannel_host.cli.doctor import add_doctor, doctor
 from vmchannel_host.cli.http_client import AdminClient, Answer, BrokenOff, CliError, Doc, docs, told
 from vmchannel_host.cli.progress import ProgressLine
 
 DEFAULT_SOCKET: Final = "/run/vmchannel/admin.sock"
 ACTIONS: Final = ("off", "on", "reboot", "status")
 _WIDTH: Final = 80  # of a table that goes to no terminal
-
-
-class ExitCode(IntEnum):
-    """How a command ended (man vmchannelctl, EXIT STATUS)."""
-
-    DONE = 0
-    FAILED = 1  # failed or unknown
-    USAGE = 2  # usage or configuration
-    REFUSED = 3  # refused by the policy
-    NOT_REACHED = 4  # the daemon was not reached
-
-
-@dataclass(frozen=True, slots=True)
-class Console:
-    """Where a command writes."""
-
-    out: TextIO
-    err: TextIO
-    width: int
-
-    def lines(self, lines: Sequence[str]) -> None:
-        """Write lines to stdout."""
-        for line in lines:
-            self.out.write(line + "\n")
-
-    def json(self, value: object, *, indent: int | None = 2) -> None:
-        """Write JSON to stdout."""
-        self.out.write(json.dumps(value, indent=indent, ensure_ascii=True) + "\n")
-        self.out.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 errors="backslashreplace"
             )  # a terminal that knows no "é" must not end the tool
     width = shutil.get_terminal_size((_WIDTH, 24)).columns if sys.stdout.isatty() else _WIDTH
-    return run(sys.argv[1:] if argv is None else argv, Console(sys.stdout, sys.stderr, width))
+    ask = input if sys.stdin is not None and sys.stdin.isatty() else None
+    return run(sys.argv[1:] if argv is None else argv, Console(sys.stdout, sys.stderr, width, ask))
 
 
 def run(argv: Sequence[str], console: Console) -> int:
@@ -114,9 +86,10 @@ def parser() -> argparse.ArgumentParser:
     add("vms", _list("/v1/vms", show.vms), "list the VMs")
     add("ports", _list("/v1/ports", show.ports), "list the ports that are served")
     add("hosts", _list("/v1/hosts", show.hosts), "list the hosts that could hold a VM")
-    add("doctor", _doctor, "tell what is wrong and what to do")
+    add_doctor(add("doctor", doctor, "tell what is wrong and what to do"))
     add("events", _events, "show what happens, until interrupted")
     _add_fence(add("fence", _fence, "change or ask the power state of a VM"))
+    add_confirm(add("confirm-off", confirm_off, "take your word that a VM which left this host is off"))
     _add_can(add("can", _can, "tell whether VM may do ACTION to PLUG, and whether it could be proven now"))
     _add_ops(add("ops", _ops, "list operations, or show one with its evidence"))
     _add_verify(add("verify-journal", _verify, "check every record of the journal"))
@@ -180,16 +153,6 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     else:
         console.lines(show.status(Doc(value), console.width))
     return ExitCode.DONE
-
-
-def _doctor(arguments: argparse.Namespace, console: Console) -> int:
-    value = _client(arguments).get("/v1/doctor").checked()
-    findings = docs(value)
-    if arguments.json:
-        console.json(value)
-    else:
-        console.lines(show.findings(findings, console.width))
-    return ExitCode.FAILED if any(finding.text("level") == "error" for finding in findings) else ExitCode.DONE
 
 
 def _ops(arguments: argparse.Namespace, console: Console) -> int:

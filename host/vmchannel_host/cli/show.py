@@ -164,6 +164,26 @@ def answer(doc: Doc, width: int) -> list[str]:
     return lines
 
 
+def confirm_question(vm: str, doc: Doc, meaning: str, width: int) -> list[str]:
+    """What an operator reads before the word is given."""
+    pairs = [
+        ("VM", f"{doc.text('name') or vm} ({doc.text('uuid') or 'not a name of vmchannelctl vms'})"),
+        ("power", doc.text("power")),
+        ("problem", doc.text("problem") or "none"),
+    ]
+    return [*facts(pairs, width), *wrapped("", meaning, width)]
+
+
+def confirmed(doc: Doc, width: int) -> list[str]:
+    """What became of the operator's word."""
+    name = _name(doc, "vm_name", "vm_uuid")
+    if not doc.flag("ok"):
+        lines = wrapped("", f"NOT CONFIRMED ({doc.text('code')}): {doc.text('reason')}", width)
+        return lines + (wrapped("remedy: ", doc.text("remedy"), width) if doc.text("remedy") else [])
+    lines = wrapped("", f"{doc.text('code')}: {name}: {doc.text('reason')}", width)
+    return lines + [line for text in doc.texts("lines") for line in wrapped("  ", text, width)]
+
+
 def can(doc: Doc, width: int) -> list[str]:
     """Whether a fence would be allowed, and could be proven now."""
     target = doc.text("target_name") or doc.text("target_uuid")

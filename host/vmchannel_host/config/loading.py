@@ -66,6 +66,8 @@ __all__ = [
     "load_config",
 ]
 
+DEFAULT_CONFIG = Path("/etc/vmchannel/host.yaml")
+
 POLICY_DIR = "policy.d"
 """Folder beside `host.yaml` whose `*.yaml` files define groups, one owner each if one likes."""
 

@@ -73,6 +73,17 @@ def off_doubt(claim: Claim, rules: Rules) -> Doubt | None:
     )
 
 
+def confirm_doubt(claim: Claim) -> Doubt | None:
+    """Why an operator's word that the VM is off is not taken: it replaces no proof that can be had (S1)."""
+    unknown = Doubt(FenceCode.UNKNOWN_PLUG, "this VM was never seen here: there is nothing to confirm")
+    return (
+        _identity_doubt(claim)
+        or (None if claim.recognised else unknown)
+        or _look_doubt(claim)
+        or _alive_doubt(claim)
+    )
+
+
 def conflict(reports: Iterable[LookReport], vm: VmUuid, name: str) -> Doubt | None:
     """Doubt about whose instance is whose (S9), with those concerned named."""
     for report in reports:
@@ -163,6 +174,11 @@ def end_line(end: InstanceEnded) -> str:
         return f"{who} killed before a restart of the daemon, its end unseen: no such process, {io}{away}"
     by = {EndCause.QUIT: "by quit", EndCause.KILL: "by SIGKILL", EndCause.NONE: "by itself"}[end.cause]
     return f"{who} gone after {end.elapsed_ms} ms: {end.proof.value}, {by}, {io}{away}"
+
+
+def confirmed_lines(report: LookReport) -> list[str]:
+    """Lines for people: which ends count by an operator's word, and whose."""
+    return [f"confirmed off by {cut(by)!r}: {end_line(end)}" for end, by in report.confirmed]
 
 
 def reset_line(reset: InstanceReset) -> str:

@@ -144,6 +144,7 @@ class Instances:
             look=look,
             unproven=tuple(one.identity for one in registry.unproven(vm)),
             ends=registry.ended(vm),
+            confirmed=registry.confirmed(vm),
             departed=registry.departed(vm) or "",
             conflict=self.conflict(vm),
             objections=registry.objections(vm),
@@ -180,6 +181,23 @@ class Instances:
                 f"{identity} was not killed: the journal cannot take it: {error}"
             ) from error
 
+    async def confirm_off(self, vm: VmUuid, by: str, covered: frozenset[ProcessIdentity]) -> bool:
+        """Take the operator's word that nothing is left of these processes, which have ended: durably, then.
+
+        Returns whether it counts. It does not when more ends are known by now: they are not what was judged.
+
+        Raises:
+            JournalError: it is not durable, and counts for nothing.
+        """
+        async with self._saving:
+            await self._save_all()
+            # Nothing is written between here and the call: the journal marks what is marked here.
+            if {end.identity for end in self.registry.ended(vm)} != covered:
+                return False
+            await self._store.remember_confirmed(vm, by)
+        self.registry.confirm_off(vm, by, covered)
+        return True
+
     async def save(self) -> None:
         """Make durable what was learnt until now.
 
@@ -187,13 +205,14 @@ class Instances:
             JournalError: it is not; it is tried again with the next call.
         """
         async with self._saving:
-            if self._lost:
-                raise JournalError(
-                    "records of instances were lost while the journal failed: restart the daemon"
-                )
-            while self._unsaved:
-                await self._write(self._unsaved[0])
-                self._unsaved.popleft()
+            await self._save_all()
+
+    async def _save_all(self) -> None:
+        if self._lost:
+            raise JournalError("records of instances were lost while the journal failed: restart the daemon")
+        while self._unsaved:
+            await self._write(self._unsaved[0])
+            self._unsaved.popleft()
 
     def _keep(self, records: Iterable[RegistryRecord]) -> None:
         for record in records:

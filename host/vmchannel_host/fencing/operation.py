@@ -558,6 +558,7 @@ class Operation:
         for report in self._reports.values():
             ends = [end for end in report.ends if Process(end.host, end.identity) not in self._ended]
             self._lines += [evidence.end_line(end) for end in ends]
+            self._lines += evidence.confirmed_lines(report)
             self._lines.append(evidence.look_line(report, self.intent.vm))
 
     def _enter(self, phase: Phase) -> tuple[Command, ...]:

@@ -103,6 +103,8 @@ class LookReport:
     ends: tuple[
         InstanceEnded, ...
     ] = ()  # how the VM's latest recorded processes ended, this operation's included
+    confirmed: tuple[tuple[InstanceEnded, str], ...] = ()
+    """Ends behind which an operator's word stands, with who gave it: no doubt any more, and told as such."""
     departed: str = ""  # why this host must take the VM for departed; "" when not (S1)
     conflict: str = ""  # doubt about the VM's identity (S9); "" when none
     objections: tuple[str, ...] = ()  # what else this host's registry holds against calling the VM off

@@ -123,7 +123,8 @@ class Questions:
         recognised = self._instances.registry.knows(vm) or self._policy().names_uuid(vm)
         claim = Claim(vm, name, recognised, ended=(), owed=frozenset(), reports=(report,))
         doubt = evidence.off_doubt(claim, self._rules())
-        lines = (*map(evidence.end_line, report.ends), evidence.look_line(report, vm))
+        ends = (*map(evidence.end_line, report.ends), *evidence.confirmed_lines(report))
+        lines = (*ends, evidence.look_line(report, vm))
         if doubt is None:
             return Outcome(_NONE, True, FenceCode.DONE, PowerState.OFF, "off", lines)
         if found and alive is None:

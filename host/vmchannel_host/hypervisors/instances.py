@@ -69,6 +69,7 @@ class Watched:
             run_state=facts.run_state if facts and answering else RunState.UNKNOWN,
             migration=self.last_migration if answering else Migration.UNKNOWN,
             ports=facts.ports if facts else (),
+            version=facts.version if facts else "",
             resettable=bool(facts and answering and facts.resettable and not self._reset_is_no_proof()),
             monitor=self.monitor.path if self.monitor and answering else "",
             configured=self.configured,

@@ -35,6 +35,7 @@ from vmchannel_host.hypervisors.qmp_state import (
     parse_name,
     parse_run_state,
     parse_uuid,
+    parse_version,
 )
 from vmchannel_host.model import Migration, Port, RunState, VmUuid
 
@@ -101,6 +102,12 @@ class Monitor:
         finally:
             if client.runstate != Runstate.RUNNING:
                 sock.close()
+
+    @property
+    def version(self) -> str:
+        """QEMU's version by its greeting; "" when that does not tell it."""
+        greeting = self._client.greeting
+        return "" if greeting is None else parse_version(greeting.QMP.version)
 
     @property
     def open(self) -> bool:
@@ -220,7 +227,7 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     ports, silent = await _ports(monitor, devices, directory, timeout_s)
     resettable = await _is_resettable(monitor, devices, timeout_s)
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    return MonitorFacts(name, run_state, migration, ports, resettable, silent)
+    return MonitorFacts(name, run_state, migration, ports, resettable, silent, monitor.version)
 
 
 async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:

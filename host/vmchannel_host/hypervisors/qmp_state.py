@@ -41,6 +41,7 @@ class MonitorFacts:
     ports: tuple[Port, ...]
     resettable: bool
     silent: frozenset[Chardev] = frozenset()  # to be polled: QEMU sends no events of a port without an id
+    version: str = ""  # of QEMU; "" when its greeting does not tell it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,15 @@ def parse_name(reply: object) -> str:
 def parse_uuid(reply: object) -> VmUuid:
     """query-uuid."""
     return VmUuid(_text(_mapping(reply, "query-uuid"), "UUID", "query-uuid").lower())
+
+
+def parse_version(told: object) -> str:
+    """The version of a greeting, as "7.2.11"; "" for anything else. Of use to people only."""
+    qemu = cast("Mapping[str, object]", told).get("qemu") if isinstance(told, Mapping) else None
+    if not isinstance(qemu, Mapping):
+        return ""
+    parts = [cast("Mapping[str, object]", qemu).get(key) for key in ("major", "minor", "micro")]
+    return ".".join(map(str, parts)) if all(type(part) is int for part in parts) else ""
 
 
 def parse_run_state(reply: object) -> RunState:

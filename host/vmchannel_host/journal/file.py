@@ -48,6 +48,7 @@ _SCHEMA: Final = (
         pid INTEGER NOT NULL, start_time INTEGER NOT NULL, executable BLOB NOT NULL, vm_uuid TEXT NOT NULL,
         name BLOB NOT NULL, migration TEXT NOT NULL, first_seen REAL NOT NULL, ended_at REAL, proof TEXT,
         cause TEXT, io TEXT, departed INTEGER, elapsed_ms INTEGER, killed INTEGER NOT NULL DEFAULT 0,
+        confirmed_by BLOB,
         UNIQUE (host, boot_id, pid, start_time, vm_uuid, executable))""",
     "CREATE INDEX instances_of_vm ON instances (vm_uuid)",
     """CREATE TABLE aliases (vm_uuid TEXT NOT NULL, refused INTEGER NOT NULL, node_name BLOB NOT NULL,

@@ -184,6 +184,12 @@ class Journal:
         """Store how a process ended. A second proof may settle its I/O or add a departure, nothing else."""
         await self._call(lambda store: tables.remember_end(store, evidence), timeout_s)
 
+    async def remember_confirmed(
+        self, vm_uuid: VmUuid, by: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Store the operator's word that a VM is off, which covers the ends that are stored by now."""
+        await self._call(lambda store: tables.remember_confirmed(store, vm_uuid, by), timeout_s)
+
     async def known_instances(
         self, vm_uuid: VmUuid | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> list[KnownInstance]:

@@ -37,6 +37,7 @@ MAX_BOOTS = 64
 """Kernel boots that are remembered of one VM: its guest chooses the ids, so their number is bounded."""
 
 _NONE = OperationId("")
+_TOLD = 64  # processes that one record names
 
 
 def remember_instance(
@@ -97,11 +98,33 @@ def remember_end(store: JournalStore, evidence: InstanceEnded) -> None:
     )
 
 
+def remember_confirmed(store: JournalStore, vm_uuid: VmUuid, by: str) -> None:
+    """Store an operator's word that the VM is off: it covers the processes whose ends are stored by now."""
+    rows = store.connection.execute(
+        """SELECT pid, start_time, boot_id FROM instances
+            WHERE vm_uuid = ? AND proof IS NOT NULL AND confirmed_by IS NULL ORDER BY id""",
+        (vm_uuid,),
+    ).fetchall()
+    processes = [f"pid {pid} (start {start_time}, boot {boot_id})" for pid, start_time, boot_id in rows]
+    body: dict[str, Json] = {
+        "vm_uuid": vm_uuid,
+        "by": by,
+        "count": len(rows),
+        "processes": processes[-_TOLD:],
+    }
+    store.append("vm.confirmed-off", _NONE, body)
+    store.connection.execute(
+        """UPDATE instances SET confirmed_by = ?
+            WHERE vm_uuid = ? AND proof IS NOT NULL AND confirmed_by IS NULL""",
+        (_bytes(by), vm_uuid),
+    )
+
+
 def known_instances(store: JournalStore, vm_uuid: VmUuid | None) -> list[KnownInstance]:
     """Every process ever seen (of one VM), oldest first."""
     rows = store.connection.execute(
         """SELECT host, pid, start_time, executable, vm_uuid, boot_id, name, migration, first_seen, killed,
-            ended_at, proof, cause, io, departed, elapsed_ms FROM instances
+            confirmed_by, ended_at, proof, cause, io, departed, elapsed_ms FROM instances
             WHERE ?1 IS NULL OR vm_uuid = ?1 ORDER BY id""",
         (vm_uuid,),
     )
@@ -298,6 +321,7 @@ def _parse_instance(row: Row) -> KnownInstance:
             str(migration),
             float(first_seen),
             int(killed),
+            bytes() | None as confirmed_by,
             *rest,
         ):
             identity = ProcessIdentity(pid, start_time, _text(executable), VmUuid(vm_uuid), BootId(boot_id))
@@ -319,7 +343,15 @@ def _parse_instance(row: Row) -> KnownInstance:
         case _:
             raise ValueError("its end has a column of another type")
     return KnownInstance(
-        HostName(host), identity, _text(name), Migration(migration), first_seen, end, ended_at, bool(killed)
+        HostName(host),
+        identity,
+        _text(name),
+        Migration(migration),
+        first_seen,
+        end,
+        ended_at,
+        killed=bool(killed),
+        confirmed_by=_text(confirmed_by or b""),
     )
 
 

@@ -99,6 +99,7 @@ class KnownInstance:
     end: InstanceEnded | None
     ended_at: float | None  # wall time when the proof was stored, seconds
     killed: bool = False  # a SIGKILL was about to be sent while it could have writes under way
+    confirmed_by: str = ""  # the operator who said after its end that the VM is off; "" when nobody did
 
 
 @dataclass(frozen=True, slots=True)

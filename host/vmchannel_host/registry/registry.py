@@ -118,13 +118,15 @@ class VmRegistry:
         self._look_conflicts = tuple(Conflict(ConflictKind.LOOK, None, text) for text in look.conflicts)
         return tuple(record for instance in look.instances for record in self._seen(look.host, instance))
 
-    def confirm_off(self, vm: VmUuid) -> None:
-        """The operator's word that a departed VM is off. It ends departures, never an unproven process.
+    def confirm_off(self, vm: VmUuid, by: str, covered: frozenset[ProcessIdentity]) -> None:
+        """The operator's word that a VM is off. It covers ends that are proven, never an unproven process.
 
-        The caller journals who said so, and says it again after `restore`.
+        Args:
+            by: who said so; not empty. The caller has made it durable.
+            covered: the processes whose ends were known when it was said.
         """
         if vm in self._vms:
-            self._vms[vm].confirm_off()
+            self._vms[vm].confirm_off(by, covered)
 
     # --- what is known
 
@@ -164,6 +166,10 @@ class VmRegistry:
     def ended(self, vm: VmUuid) -> tuple[InstanceEnded, ...]:
         """Proofs of the ends of its processes since the VM was last seen to live in another, oldest first."""
         return self._vms[vm].ends() if vm in self._vms else ()
+
+    def confirmed(self, vm: VmUuid) -> tuple[tuple[InstanceEnded, str], ...]:
+        """Ends that the operator's word covers, with who gave it, since the VM was last seen to live."""
+        return self._vms[vm].confirmed() if vm in self._vms else ()
 
     def departed(self, vm: VmUuid) -> str | None:
         """Why the VM may live elsewhere (S1, *departure*), or None."""

@@ -55,11 +55,12 @@ class Process:
     evidence: InstanceEnded | None = None  # proof of its end
     ended_as: InstanceState = InstanceState.UNWATCHED  # its state before the end
     ended_order: int = 0
-    superseded: bool = False  # the VM was seen to live elsewhere on this host since, or confirmed off
+    superseded: bool = False  # the VM was seen to live elsewhere on this host since
+    confirmed_by: str = ""  # the operator who said after its end that the VM is off; "" when nobody did
 
     def departure(self, *, standalone: bool) -> str | None:
         """Why the VM may live elsewhere since this process ended (S1), or None."""
-        if self.evidence is None or self.superseded:
+        if self.evidence is None or self.superseded or self.confirmed_by:
             return None
         who = f"pid {self.identity.pid} on {self.host}"
         if self.evidence.departed:
@@ -97,6 +98,7 @@ class VmHistory:
             if row.end is not None:
                 self._finish(process, row.end, ended)
                 process.superseded = max(ran, default=0) > ended
+                process.confirmed_by = row.confirmed_by
             self._processes[row.identity] = process
         for process in self._processes.values():
             self._explain_fork(process)
@@ -138,10 +140,14 @@ class VmHistory:
         self._forget_old()
         return process.evidence
 
-    def confirm_off(self) -> None:
-        """The operator says that no execution is left but those whose processes are unproven."""
+    def confirm_off(self, by: str, covered: frozenset[ProcessIdentity]) -> None:
+        """The operator says that nothing is left of these processes of the VM, which have ended.
+
+        An end that is proven later is not covered, nor is a process that is unproven (S1).
+        """
         for process in self._gone():
-            process.superseded = True
+            if process.identity in covered and not process.confirmed_by:
+                process.confirmed_by = by
 
     def unproven(self) -> list[Process]:
         """Processes whose end is not proven, in the order of their first record."""
@@ -151,6 +157,12 @@ class VmHistory:
         """Proofs that stand, oldest first."""
         standing = sorted(self._standing(), key=lambda process: process.ended_order)
         return tuple(process.evidence for process in standing if process.evidence is not None)
+
+    def confirmed(self) -> tuple[tuple[InstanceEnded, str], ...]:
+        """Ends behind which the operator's word stands instead of proof, oldest first, with who gave it."""
+        words = [one for one in self._gone() if one.confirmed_by and not one.superseded]
+        words.sort(key=lambda process: process.ended_order)
+        return tuple((one.evidence, one.confirmed_by) for one in words if one.evidence is not None)
 
     def departure(self, *, standalone: bool) -> str | None:
         """Why the VM may live elsewhere, by its latest departure; None when it has not left."""
@@ -225,7 +237,7 @@ class VmHistory:
         return (process for process in self._processes.values() if process.state is InstanceState.GONE)
 
     def _standing(self) -> list[Process]:
-        return [process for process in self._gone() if not process.superseded]
+        return [one for one in self._gone() if not one.superseded and not one.confirmed_by]
 
     def _forget_old(self) -> None:
         """Bound what a VM that restarts for ever costs. The latest departure always stays."""

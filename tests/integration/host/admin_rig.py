@@ -15,6 +15,7 @@ from vmchannel_host.admin.server import AdminLimits, AdminServer
 from vmchannel_host.admin.view import (
     AdminEvent,
     CanView,
+    ConfirmView,
     DaemonStatus,
     FenceOrder,
     Finding,
@@ -93,6 +94,11 @@ DONE = FenceAnswer(
 )
 
 
+CONFIRMED = ConfirmView(
+    True, FenceCode.DONE, "confirmed off by 'root'", UUID2, "vm2", ("pid 99 on hv1 gone",)
+)
+
+
 def failed(code: FenceCode, reason: str = "because") -> FenceAnswer:
     """An answer that is no success."""
     return FenceAnswer(bytes(16), False, code, PowerState.UNKNOWN, "hv1", reason)
@@ -114,6 +120,8 @@ class FakeView:
     journal: VerifyResult = field(default_factory=lambda: VerifyResult(True, 17, 1, 17, "ab" * 32, "cd" * 32))
     orders: list[FenceOrder] = field(default_factory=list[FenceOrder])
     answered: int = 0
+    confirmed: ConfirmView = CONFIRMED
+    confirmations: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     asked_can: tuple[str, FenceAction, str] | None = None
     listeners: int = 0
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -157,6 +165,10 @@ class FakeView:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
+        self.confirmations.append((vm, operator))
+        return self.confirmed
 
     async def events(self) -> AsyncGenerator[AdminEvent, None]:
         self.listeners += 1

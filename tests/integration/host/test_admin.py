@@ -24,7 +24,7 @@ from tests.integration.host.admin_rig import DONE, OP, PORT1, VM1, AdminRig, fai
 from vmchannel_host.admin.json_text import REMEDIES
 from vmchannel_host.admin.listener import AdminSocketError
 from vmchannel_host.admin.server import AdminLimits
-from vmchannel_host.admin.view import AdminEvent
+from vmchannel_host.admin.view import AdminEvent, ConfirmView
 from vmchannel_host.journal.types import JournalError
 
 STEPS = [
@@ -66,6 +66,35 @@ async def until(condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def test_a_confirmation_carries_who_gave_it(rig: AdminRig, http: aiohttp.ClientSession) -> None:
+    async with http.post("/v1/confirm-off", json={"vm": "vm2"}) as response:
+        assert response.status == 200
+        body = await response.json()
+    assert (body["ok"], body["code"], body["vm_name"]) == (True, "done", "vm2")
+    assert rig.view.confirmations == [("vm2", pwd.getpwuid(os.getuid()).pw_name)]
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}", '{"vm": ""}', '{"vm": 1}', '{"vm": "a", "yes": true}'])
+async def test_a_malformed_confirmation_is_refused_and_never_reaches_the_view(
+    rig: AdminRig, http: aiohttp.ClientSession, body: str
+) -> None:
+    async with http.post("/v1/confirm-off", data=body) as response:
+        assert response.status == 400
+    assert rig.view.confirmations == []
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in FenceCode if code not in (FenceCode.DONE, FenceCode.ALREADY)]
+)
+async def test_a_word_that_was_not_taken_is_never_a_2xx(
+    rig: AdminRig, http: aiohttp.ClientSession, code: FenceCode
+) -> None:
+    rig.view.confirmed = ConfirmView(False, code, "because")
+    async with http.post("/v1/confirm-off", json={"vm": "vm2"}) as response:
+        assert response.status >= 400
+        assert (await response.json())["remedy"] != ""
 
 
 # what is shown

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +34,9 @@ from tests.integration.host.admin_rig import (
     served,
 )
 from tests.integration.host.journal_rig import JournalRig
-from vmchannel_host.admin.view import AdminEvent, CanView, Finding
-from vmchannel_host.cli.main import Console, run
+from vmchannel_host.admin.view import AdminEvent, CanView, ConfirmView, Finding
+from vmchannel_host.cli.console import Console
+from vmchannel_host.cli.main import run
 from vmchannel_host.cli.progress import ProgressLine
 from vmchannel_host.cli.table import display_width
 from vmchannel_host.journal.types import JournalError, VerifyResult
@@ -61,16 +62,19 @@ class Ran:
         return self.out.splitlines()
 
 
-def command(socket_path: Path, *words: str, err: io.StringIO | None = None) -> Ran:
+Ask = Callable[[str], str]
+
+
+def command(socket_path: Path, *words: str, err: io.StringIO | None = None, ask: Ask | None = None) -> Ran:
     """Run vmchannelctl in this thread."""
     out, err = io.StringIO(), err or io.StringIO()
-    code = run(["--socket", str(socket_path), *words], Console(out, err, 80))
+    code = run(["--socket", str(socket_path), *words], Console(out, err, 80, ask))
     return Ran(int(code), out.getvalue(), err.getvalue())
 
 
-async def ctl(rig: AdminRig, *words: str, err: io.StringIO | None = None) -> Ran:
+async def ctl(rig: AdminRig, *words: str, err: io.StringIO | None = None, ask: Ask | None = None) -> Ran:
     """Run vmchannelctl beside the daemon's loop."""
-    return await asyncio.to_thread(command, rig.path, *words, err=err)
+    return await asyncio.to_thread(command, rig.path, *words, err=err, ask=ask)
 
 
 @pytest_asyncio.fixture
@@ -253,8 +257,10 @@ async def test_can_tells_allowed_and_provable_apart(rig: AdminRig, answer: CanVi
 
 async def test_doctor_fails_when_something_is_wrong(rig: AdminRig) -> None:
     assert (await ctl(rig, "doctor")).lines == ["nothing is wrong"]
-    rig.view.findings = [Finding("warning", "vm2", "no port", "attach one")]
+    rig.view.findings = [Finding("note", "vm2", "in no group")]
     assert (await ctl(rig, "doctor")).code == 0
+    rig.view.findings = [Finding("warning", "vm2", "no port", "attach one")]
+    assert (await ctl(rig, "doctor")).code == 1
     rig.view.findings.append(Finding("error", "journal", "disk full", "make room"))
     ran = await ctl(rig, "doctor")
     assert ran.code == 1
@@ -443,3 +449,47 @@ async def test_a_reader_that_goes_is_no_traceback(rig: AdminRig) -> None:
         capture_output=True, text=True, timeout=60, check=False, env=environment,
     )  # fmt: skip
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+# the operator's word
+async def test_a_word_is_given_by_typing_the_vms_name_after_reading_what_it_means(rig: AdminRig) -> None:
+    ran = await ctl(rig, "confirm-off", "vm2", ask=lambda _: " vm2 ")
+    assert ran.code == 0
+    assert "problem: pid 99 is not proven to have ended" in ran.lines
+    assert "data is destroyed" in ran.out
+    assert "done: vm2: confirmed off by 'root'" in ran.lines
+    assert [vm for vm, _ in rig.view.confirmations] == ["vm2"]
+
+
+@pytest.mark.parametrize("typed", ["", "y", "yes", "vm1"])
+async def test_another_answer_confirms_nothing(rig: AdminRig, typed: str) -> None:
+    ran = await ctl(rig, "confirm-off", "vm2", ask=lambda _: typed)
+    assert ran.code == 1
+    assert "nothing was changed" in ran.err
+    assert rig.view.confirmations == []
+
+
+async def test_an_end_of_input_confirms_nothing(rig: AdminRig) -> None:
+    def gone(_: str) -> str:
+        raise EOFError
+
+    assert (await ctl(rig, "confirm-off", "vm2", ask=gone)).code == 1
+    assert rig.view.confirmations == []
+
+
+async def test_without_a_terminal_the_word_needs_its_option(rig: AdminRig) -> None:
+    ran = await ctl(rig, "confirm-off", "vm2")
+    assert ran.code == 2
+    assert "--yes" in ran.err
+    assert rig.view.confirmations == []
+    ran = await ctl(rig, "confirm-off", "vm2", "--yes", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["code"] == "done"
+
+
+async def test_a_word_that_is_not_taken_fails_with_its_reason(rig: AdminRig) -> None:
+    rig.view.confirmed = ConfirmView(False, FenceCode.FAILED, "not proven to have ended: pid 99")
+    ran = await ctl(rig, "confirm-off", "vm2", "--yes")
+    assert ran.code == 1
+    assert ran.lines[0] == "NOT CONFIRMED (failed): not proven to have ended: pid 99"
+    assert ran.lines[1].startswith("remedy: ")

@@ -219,6 +219,23 @@ async def test_a_kill_of_a_process_never_seen_is_remembered_too(rig: JournalRig)
         assert (known.identity, known.killed, known.end) == (process(), True, None)
 
 
+async def test_an_operators_word_covers_the_ends_that_are_stored_and_is_signed(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        for pid, vm in ((1, VM1), (2, VM1), (3, VM2)):
+            await journal.remember_instance(process(pid, vm), "", HOST)
+        await journal.remember_end(ended(process(1, VM1)))
+        await journal.remember_end(ended(process(3, VM2)))
+        await journal.remember_confirmed(VM1, "ali\udce9")
+        await journal.remember_end(ended(process(2, VM1)))
+    async with rig.opened() as journal:
+        known = await journal.known_instances()
+        assert [one.confirmed_by for one in known] == ["ali\udce9", "", ""]
+        await journal.remember_confirmed(VM1, "bob")
+        assert [one.confirmed_by for one in await journal.known_instances()] == ["ali\udce9", "bob", ""]
+        result = await journal.verify()
+        assert (result.ok, result.records) == (True, 8)
+
+
 async def test_a_process_with_another_start_time_is_another_instance(rig: JournalRig) -> None:
     later = type(process())(4711, 999, "/usr/bin/qemu-system-x86_64", VM1, BOOT)
     async with rig.opened() as journal:

@@ -13,7 +13,8 @@ import pytest
 from vmchannel_host.admin.handlers import AdminHandlers, AdminLimits
 from vmchannel_host.admin.metrics import Metrics
 from vmchannel_host.admin.view import AdminView
-from vmchannel_host.cli.main import ExitCode, parser
+from vmchannel_host.cli.console import ExitCode
+from vmchannel_host.cli.main import parser
 from vmchannel_host.config.schema import HOST_SCHEMA
 
 MAN = Path(__file__).parents[3] / "docs/man"

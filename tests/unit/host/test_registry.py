@@ -31,6 +31,7 @@ from vmchannel_host.model import (
     InstanceEnded,
     IoState,
     Migration,
+    ProcessIdentity,
     RunState,
 )
 from vmchannel_host.registry.conflicts import ConflictKind
@@ -389,13 +390,67 @@ def test_a_destination_that_runs_after_its_source_ended_brings_the_vm_back(regis
     assert registry.departed(VM1) is None
 
 
+def covered(registry: VmRegistry) -> frozenset[ProcessIdentity]:
+    """What an operator's word covers now."""
+    return frozenset(end.identity for end in registry.ended(VM1))
+
+
 def test_an_operator_ends_a_departure_but_not_a_process(registry: VmRegistry) -> None:
     registry.apply(seen(100, run_state=RunState.POSTMIGRATE))
     registry.apply(ended(100))
     registry.apply(mute(101))
-    registry.confirm_off(VM1)
+    registry.confirm_off(VM1, "root", covered(registry))
     assert registry.departed(VM1) is None
     assert len(registry.objections(VM1)) == 1
+
+
+def test_an_operators_word_is_told_with_the_end_that_it_covers_until_the_vm_is_seen(
+    registry: VmRegistry,
+) -> None:
+    registry.apply(seen(100, run_state=RunState.POSTMIGRATE))
+    registry.apply(ended(100))
+    registry.confirm_off(VM1, "root", covered(registry))
+    registry.confirm_off(VM1, "mallory", covered(registry))
+    ((told, by),) = registry.confirmed(VM1)
+    assert (told.identity, by) == (process(100), "root")
+    assert registry.ended(VM1) == ()
+    registry.apply(seen(101))
+    assert registry.confirmed(VM1) == ()
+
+
+def test_an_operators_word_ends_no_departure_that_comes_after_it(registry: VmRegistry) -> None:
+    registry.apply(seen(100, run_state=RunState.POSTMIGRATE))
+    registry.apply(ended(100))
+    word = covered(registry)
+    registry.apply(seen(101, run_state=RunState.POSTMIGRATE))
+    registry.apply(ended(101))
+    registry.confirm_off(VM1, "root", word)
+    assert registry.departed(VM1) is not None
+
+
+def test_an_operators_word_covers_no_process_that_has_not_ended(registry: VmRegistry) -> None:
+    registry.apply(seen(100, run_state=RunState.POSTMIGRATE))
+    registry.confirm_off(VM1, "root", frozenset({process(100)}))
+    registry.apply(ended(100))
+    assert registry.departed(VM1) is not None
+
+
+def test_an_operators_word_is_repeated_from_the_records(registry: VmRegistry) -> None:
+    left = end(100, departed=True)
+    registry.restore([replace(known(100, ended_at=2000.0, proof=left), confirmed_by="root")])
+    assert registry.departed(VM1) is None
+    assert [by for _, by in registry.confirmed(VM1)] == ["root"]
+
+
+def test_a_departure_recorded_after_an_operators_word_stands_after_a_restart(registry: VmRegistry) -> None:
+    left, again = end(100, departed=True), end(101, departed=True)
+    registry.restore(
+        [
+            replace(known(100, ended_at=2000.0, proof=left), confirmed_by="root"),
+            known(101, first_seen=2100.0, ended_at=2200.0, proof=again),
+        ]
+    )
+    assert registry.departed(VM1) is not None
 
 
 @pytest.mark.parametrize("proof", [EndProof.ABSENT, EndProof.OTHER_BOOT])

@@ -52,6 +52,12 @@ class Records:
                 case _:
                     assert_never(record)
 
+    def confirm(self, vm: str, by: str) -> None:
+        """As `Journal.remember_confirmed`: what has ended by now."""
+        for identity, row in self.rows.items():
+            if identity.vm_uuid == vm and row.end is not None and not row.confirmed_by:
+                self.rows[identity] = replace(row, confirmed_by=by)
+
 
 class RegistryMachine(RuleBasedStateMachine):
     """Any events in any order, against a model that knows only what was recorded and what was proven."""
@@ -65,6 +71,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.proven: set[ProcessIdentity] = set()
         self.leaving: set[ProcessIdentity] = set()  # a migration from it was active or done when last watched
         self.departed: set[str] = set()  # VMs that left, with no sign of life here since
+        self.confirmed: set[str] = set()  # VMs of which nothing was heard since the operator's word
 
     def keep(self, records: tuple[RegistryRecord, ...]) -> None:
         self.now += 1.0
@@ -72,6 +79,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def note(self, report: Instance) -> None:
         """The model's view of a report."""
+        self.confirmed.discard(report.vm_uuid)
         if report.identity in self.proven:
             return
         self.recorded.add(report.identity)
@@ -111,6 +119,7 @@ class RegistryMachine(RuleBasedStateMachine):
     ) -> None:
         self.keep(self.registry.apply(Ended(InstanceEnded(HOST, identity, proof, cause, io, departed, 1))))
         self.recorded.add(identity)
+        self.confirmed.discard(identity.vm_uuid)
         if identity in self.proven:
             return
         self.proven.add(identity)
@@ -124,8 +133,12 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(vm=st.sampled_from([VM1, VM2]))
     def operator_confirms(self, vm: str) -> None:
-        self.registry.confirm_off(process(vm=VM1 if vm == VM1 else VM2).vm_uuid)
+        uuid = process(vm=VM1 if vm == VM1 else VM2).vm_uuid
+        covered = frozenset(end.identity for end in self.registry.ended(uuid))
+        self.records.confirm(uuid, "root")
+        self.registry.confirm_off(uuid, "root", covered)
         self.departed.discard(vm)
+        self.confirmed.add(vm)
 
     @rule(standalone=st.booleans())
     def daemon_restarts(self, standalone: bool) -> None:
@@ -146,6 +159,13 @@ class RegistryMachine(RuleBasedStateMachine):
             if vm in self.departed:
                 assert self.registry.departed(vm) is not None
                 assert self.registry.objections(vm) != ()
+
+    @invariant()
+    def an_operators_word_holds_also_after_a_restart(self) -> None:
+        for vm in (VM1, VM2):
+            if vm in self.confirmed:
+                assert self.registry.departed(vm) is None
+                assert self.registry.ended(vm) == ()
 
     @invariant()
     def every_recorded_vm_is_known(self) -> None:

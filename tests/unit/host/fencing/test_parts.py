@@ -27,7 +27,16 @@ from tests.unit.host.fencing.operation_builders import (
 from vmchannel_host.bus import BusError, Delivered, Token
 from vmchannel_host.bus.local import MAX_WAITING, LocalBus
 from vmchannel_host.fencing import codec
-from vmchannel_host.fencing.evidence import MAX_TEXT, Claim, Rules, cut, end_line, merge, off_doubt
+from vmchannel_host.fencing.evidence import (
+    MAX_TEXT,
+    Claim,
+    Rules,
+    confirm_doubt,
+    cut,
+    end_line,
+    merge,
+    off_doubt,
+)
 from vmchannel_host.fencing.ordered import FailureReport, Outcome, Part, Phase, Report, StartReport
 from vmchannel_host.fencing.schedule import REMEMBERED_S, Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.fencing.tasks import Tasks
@@ -297,3 +306,25 @@ def test_s0_off_has_no_doubt_only_when_nothing_is_left() -> None:
 )
 def test_s1_each_unknown_alone_is_a_doubt(how: dict[str, object]) -> None:
     assert off_doubt(claim(**how), Rules()) is not None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"owed": frozenset({A})},
+        {"reports": (looked(1, instance(A)),)},
+        {"reports": (looked(1, unproven=(A,)),)},
+        {"reports": (looked(1, silent="mute"),)},
+        {"reports": (looked(1, at=1.0, asked_at=2.0),)},
+        {"reports": (looked(1, conflict="two names"),)},
+        {"reports": ()},
+        {"recognised": False},
+    ],
+)
+def test_s1_an_operators_word_replaces_no_proof_and_no_look(how: dict[str, object]) -> None:
+    assert confirm_doubt(claim(**how)) is not None
+
+
+@pytest.mark.parametrize("how", [{"reports": (looked(1, departed="it left"),)}, {}])
+def test_s1_an_operators_word_is_taken_for_what_has_ended(how: dict[str, object]) -> None:
+    assert confirm_doubt(claim(**how)) is None
