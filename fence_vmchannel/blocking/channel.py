@@ -58,8 +58,9 @@ class BlockingChannel:
         def ready() -> bool:
             return self._closed is not None or connection.credit(self._id) >= max(1, len(message))
 
-        self._shell.wait(ready, deadline, f"sending to {self.target}")
-        self.check_open()
+        if not ready():
+            self._shell.wait(ready, deadline, f"sending to {self.target}")
+            self.check_open()
         connection.send(self._id, message)
         self._shell.wait(lambda: True, deadline, "sending")
 
