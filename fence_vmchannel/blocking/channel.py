@@ -80,7 +80,7 @@ class BlockingChannel:
                 return None
             self.check_open()
         message, delivered, limit = self._inbox.take()
-        self._shell.connection.grant(self._id, delivered, limit)
+        self._shell.connection.grant(self._id, delivered, limit, lazily=True)
         return message
 
     def request(self, message: bytes, *, deadline: float) -> bytes:
