@@ -33,6 +33,11 @@ def figure(name: str, unit: str, values: Sequence[float]) -> Figure:
     return Figure(name, unit, statistics.median(ordered), p99, len(ordered))
 
 
+def ratio(name: str, figure: Figure, base: Figure) -> Figure:
+    """One figure against another of the same run, median by median and p99 by p99."""
+    return Figure(name, "x", figure.median / base.median, figure.p99 / base.p99, figure.count)
+
+
 def machine_line() -> str:
     """Processor, cores, kernel and Python: without it a figure means nothing."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -142,7 +142,7 @@ class Channel:
             await self._arrived.wait()
         message, delivered, limit = self._inbox.take()
         if self._closed is None:
-            self._endpoint.connection.grant(self._id, delivered, limit)
+            self._endpoint.connection.grant(self._id, delivered, limit, lazily=True)
             self._endpoint.kick()
         return message
 

@@ -56,6 +56,9 @@ class Endpoint(Shell):
         self._noise = RateLimitedLog(log, clock=clock)
         self._ended: asyncio.Future[str] | None = None
         self._turn: asyncio.Handle | None = None
+        self._more = False  # there may be more to read than the link shows: the next turn reads
+        self._running = False
+        self._followers: dict[Endpoint, None] = {}  # have something to send after this turn, in this order
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._moved = asyncio.Event()
@@ -66,7 +69,7 @@ class Endpoint(Shell):
         self.begin(link)
         self._ended = self._loop.create_future()
         self._loop.add_reader(link.fileno(), self._run)
-        self.kick()
+        self._run_soon()
         return self._ended
 
     def drop_link(self, reason: str) -> None:
@@ -86,7 +89,7 @@ class Endpoint(Shell):
         """Greet anew on the same link: its other end is known to have gone (a guest closed the port)."""
         self._lower()
         self._handle_events()
-        self.kick()
+        self._run_soon()
 
     def stop(self, code: CloseCode, reason: str) -> None:
         """End the link and tell all users of channels. The endpoint is dead afterwards."""
@@ -111,9 +114,18 @@ class Endpoint(Shell):
     # --- see `Shell` ---
 
     def kick(self) -> None:
-        """Take a turn soon, together with what else comes in this turn of the loop."""
+        """Send soon, together with what else comes in this turn of the loop."""
         if self._turn is None:
-            self._turn = self._loop.call_soon(self._run)
+            self._turn = self._loop.call_soon(self._send)
+
+    def kick_after(self, source: Endpoint) -> None:
+        """As `kick`, because of what `source` handles now: as soon as its turn ends, in the same turn of the
+        loop.
+        """
+        if source._running:
+            source._followers[self] = None
+        else:
+            self.kick()
 
     def connected(self, event: Opened) -> None:
         """See `Shell`."""
@@ -133,12 +145,34 @@ class Endpoint(Shell):
 
     # --- the event loop ---
 
+    def _run_soon(self) -> None:
+        self._more = True
+        self.kick()
+
     def _run(self) -> None:
-        if self._turn is not None:
+        """Take a turn, and let those send who have something to send because of it."""
+        self._running, self._more = True, False
+        self._step(self.turn)
+        self._running = False
+        if self._followers:
+            followers, self._followers = self._followers, {}
+            for follower in followers:
+                follower._step(follower.flush)
+
+    def _send(self) -> None:
+        self._turn = None
+        if self._more:
+            self._run()
+        else:
+            self._step(self.flush)
+
+    def _step(self, step: Callable[[], bool]) -> None:
+        """`turn` or `flush`. Either sends all that was queued, so nothing more is due unless it says so."""
+        if self._turn is not None and not self._more:
             self._turn.cancel()
             self._turn = None
         try:
-            more = self.turn()
+            more = step()
         except LinkError as error:
             if self._refused:
                 self._noise.warning("peer %s: link refused: %s", self.peer, quoted(self._refused))
@@ -148,7 +182,7 @@ class Endpoint(Shell):
             self.drop_link("internal error")
         else:
             if more:
-                self.kick()  # the other links come first
+                self._run_soon()  # the other links come first
             self._arm()
         self._moved.set()
 
@@ -165,4 +199,8 @@ class Endpoint(Shell):
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._run()
+        due = self.connection.next_deadline()
+        if due is not None and due <= self._clock():
+            self._run()
+        else:
+            self._arm()

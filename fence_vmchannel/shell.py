@@ -88,7 +88,7 @@ class Shell:
     # --- for who drives it ---
 
     def kick(self) -> None:
-        """Something was queued or granted: a turn is due. A shell with an event loop overrides this."""
+        """Something was queued or granted: `flush` is due. A shell with an event loop overrides this."""
 
     def begin(self, link: Link) -> None:
         """Talk over `link` from now on; a turn is due."""
@@ -119,14 +119,14 @@ class Shell:
         ended = ended or (None if more else self._broken)
         if ended is not None:
             raise ended
-        if self._broken is None:
-            try:
-                self._transmit(now)
-            except LinkError as error:  # the other end has gone: first to the end of what it wrote
-                self._broken = error
+        broken = self._try_to_transmit(now)
         if self._refused:
             raise LinkError(self._refused)
-        return more or self._broken is not None
+        return more or broken
+
+    def flush(self) -> bool:
+        """Transmit what is queued and read nothing: all that is due after `kick`. True: a turn is due."""
+        return self._try_to_transmit(self._clock())
 
     @property
     def linked(self) -> bool:
@@ -217,6 +217,15 @@ class Shell:
         except LinkError as error:
             return b"".join(pieces), False, error
         return b"".join(pieces), True, None
+
+    def _try_to_transmit(self, now: float) -> bool:
+        """Transmit; True if nothing can be written any more."""
+        if self._broken is None:
+            try:
+                self._transmit(now)
+            except LinkError as error:  # the other end has gone: first to the end of what it wrote
+                self._broken = error
+        return self._broken is not None
 
     def _transmit(self, now: float) -> None:
         link = self._link

@@ -58,8 +58,9 @@ class BlockingChannel:
         def ready() -> bool:
             return self._closed is not None or connection.credit(self._id) >= max(1, len(message))
 
-        self._shell.wait(ready, deadline, f"sending to {self.target}")
-        self.check_open()
+        if not ready():
+            self._shell.wait(ready, deadline, f"sending to {self.target}")
+            self.check_open()
         connection.send(self._id, message)
         self._shell.wait(lambda: True, deadline, "sending")
 
@@ -79,7 +80,7 @@ class BlockingChannel:
                 return None
             self.check_open()
         message, delivered, limit = self._inbox.take()
-        self._shell.connection.grant(self._id, delivered, limit)
+        self._shell.connection.grant(self._id, delivered, limit, lazily=True)
         return message
 
     def request(self, message: bytes, *, deadline: float) -> bytes:

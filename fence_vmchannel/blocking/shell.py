@@ -42,6 +42,7 @@ class BlockingShell(Shell):
         super().__init__(peer, connection, time.monotonic)
         self._where = where
         self._gone = ""
+        self._stirred = True  # there may be something to read
         self.offers: dict[str, deque[tuple[ChannelOpened, Origin]]] = {}  # channels not fetched yet
         self.begin(link)
 
@@ -51,15 +52,17 @@ class BlockingShell(Shell):
         return bool(self._gone)
 
     def wait(self, done: Callable[[], bool], deadline: float, what: str) -> None:
-        """Run the connection until `done`.
+        """Run the connection until `done`. What waits to be read is left if it is so already.
 
         Raises:
             DeadlineExceeded: the deadline came first.
             HubUnreachable, LinkError: the connection (to a hub, over a port) ended first.
         """
         while (link := self._link) is not None:
+            due = self.connection.next_deadline()
+            read = self._stirred or (due is not None and due <= time.monotonic())
             try:
-                more = self.turn()
+                self._stirred = self.turn() if read else self.flush()
             except LinkError as error:
                 self.stop(str(error))
                 break
@@ -70,8 +73,9 @@ class BlockingShell(Shell):
                 why = f" ({self.detail})" if self.detail else ""
                 raise DeadlineExceeded(f"{what}: no answer from {self._where} in time{why}")
             due = self.connection.next_deadline()
-            if not more:
+            if not self._stirred:
                 wait_for(link, (deadline if due is None else min(deadline, due)) - now)
+                self._stirred = True
         if not done():
             kind = HubUnreachable if self.peer.kind is PeerKind.LOCAL else LinkError
             raise kind(f"{self._where} has gone: {self._gone}")

@@ -89,6 +89,7 @@ class Channel:
 
     __slots__ = (
         "accept_payload",
+        "announced",
         "close_code",
         "close_reason",
         "consumed",
@@ -126,6 +127,7 @@ class Channel:
         self.received = 0  # come from the peer
         self.consumed = 0  # of this, taken by our consumer
         self.receive_limit = 0  # how far our consumer lets the peer send
+        self.announced = 0  # of this, what OPEN, ACCEPT or CREDIT has told the peer
         self.credit_due = False  # a CREDIT waits in the control queue
         self.queue: deque[tuple[bytes, int]] = deque()  # payload and flags of DATA not yet scheduled
         self.deficit = 0

@@ -86,6 +86,7 @@ class Multiplexer:
         self._promised = 0  # the sum of all channels' `promised`
         self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
         self._control: deque[tuple[FrameType, int]] = deque()
+        self._late: set[int] = set()  # channels whose CREDIT may wait for more to be granted
         self._refusals: deque[tuple[int, CloseCode, str]] = deque()
         self._rings = {priority: RoundRobin() for priority in Priority}
         self._queued_bytes = 0
@@ -108,7 +109,7 @@ class Multiplexer:
         if not self._room_for(window, priority, new=True) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
         channel = Channel(self._next_number, target, priority, ChannelState.QUEUED)
-        channel.window = channel.receive_limit = window
+        channel.window = channel.receive_limit = channel.announced = window
         channel.open_payload = payload
         self._next_number += 2
         self._channels[channel.number] = channel
@@ -127,7 +128,7 @@ class Multiplexer:
             self.close(number, CloseCode.LIMIT, "no memory for another window")
             raise ServiceRefused(CloseCode.LIMIT, "no memory for another window")
         channel.apply(ChannelInput.ACCEPT)
-        channel.window = channel.receive_limit = window
+        channel.window = channel.receive_limit = channel.announced = window
         channel.accept_payload = payload
         self._promised += window
         self._queue_control(FrameType.ACCEPT, channel)
@@ -166,7 +167,7 @@ class Multiplexer:
         channel = self._channels.get(number)
         return largest_message(channel.largest_window) if channel is not None else 0
 
-    def grant(self, number: int, delivered: int, limit: int) -> None:
+    def grant(self, number: int, delivered: int, limit: int, *, lazily: bool) -> None:
         """See `Connection.grant`."""
         channel = self._channels.get(number)
         if channel is None or channel.state is not ChannelState.OPEN:
@@ -181,9 +182,20 @@ class Multiplexer:
         channel.consumed = max(delivered, channel.consumed)
         channel.receive_limit = max(limit, channel.receive_limit)
         self._promised += channel.promised
-        if not channel.credit_due:
-            channel.credit_due = True
-            self._queue_control(FrameType.CREDIT, channel)
+        if lazily and 2 * (channel.announced - channel.received) > channel.window:
+            self._late.add(number)
+        else:
+            self._queue_credit(channel)
+
+    @property
+    def credit_waits(self) -> bool:
+        """Whether credit was granted lazily, for which `release_credit` is to be called some time."""
+        return bool(self._late)
+
+    def release_credit(self) -> None:
+        """Send the credit that was granted lazily."""
+        for number in tuple(self._late):
+            self._queue_credit(self._channels[number])
 
     def close(self, number: int, code: CloseCode, reason: str) -> None:
         """See `Connection.close`."""
@@ -245,6 +257,7 @@ class Multiplexer:
         for channel in survivors.values():
             self._queue_control(FrameType.OPEN, channel)
         self._refusals.clear()
+        self._late.clear()
         self._peer_highest = 0
         self._queued_bytes = 0
         for ring in self._rings.values():
@@ -255,6 +268,12 @@ class Multiplexer:
         # No OPEN overtakes another: their numbers rise.
         normal = kind is FrameType.OPEN or channel.priority is Priority.NORMAL
         (self._control if normal else self._urgent).append((kind, channel.number))
+
+    def _queue_credit(self, channel: Channel) -> None:
+        self._late.discard(channel.number)
+        if not channel.credit_due:
+            channel.credit_due = True
+            self._queue_control(FrameType.CREDIT, channel)
 
     def _next_control(self, queue: deque[tuple[FrameType, int]]) -> Outgoing | None:
         while queue:
@@ -281,6 +300,7 @@ class Multiplexer:
                 channel.credit_due = False
                 if channel.state is not ChannelState.OPEN:
                     return None
+                channel.announced = channel.receive_limit
                 return _CREDIT.pack(channel.consumed, channel.receive_limit)
             case _:  # CLOSE, CANCEL
                 if channel.close_code is None:
@@ -420,6 +440,7 @@ class Multiplexer:
             SavedRefusal,
         )
 
+        self.release_credit()
         return SavedChannels(
             next_number=self._next_number,
             peer_highest=self._peer_highest,
@@ -506,6 +527,7 @@ class Multiplexer:
         """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
         without ever acknowledging would make the queues grow without end."""
         self._promised -= channel.promised
+        self._late.discard(channel.number)
         channel.close_code = None
         del self._channels[channel.number]
         enough = 64 + 8 * len(self._channels)  # a channel has at most four control frames waiting

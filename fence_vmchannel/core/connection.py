@@ -217,16 +217,18 @@ class Connection:
         """The largest message, in bytes, that the reader's window could take; 0 before `ChannelAccepted`."""
         return self._channels.max_message(channel)
 
-    def grant(self, channel: int, delivered: int, limit: int) -> None:
+    def grant(self, channel: int, delivered: int, limit: int, *, lazily: bool = False) -> None:
         """Our consumer took all up to offset `delivered`; it may be sent up to `limit` (absolute, cost
         units).
 
-        Numbers below those of an earlier call have no effect; a channel that is gone is ignored.
+        Numbers below those of an earlier call have no effect; a channel that is gone is ignored. `lazily`:
+        while more than half of the window is open the peer may learn of it later (20 ms), together with more: for
+        a final consumer, because one delay on the way is enough.
 
         Raises:
             LocalProtocolError: `delivered` is more than has come.
         """
-        self._channels.grant(channel, delivered, limit)
+        self._channels.grant(channel, delivered, limit, lazily=lazily)
 
     def close(self, channel: int, code: CloseCode = CloseCode.NORMAL, reason: str = "") -> None:
         """End the channel, after the data already sent on it; before `accept` it refuses. Gone: ignored."""

@@ -194,6 +194,9 @@ class Session:
         if timers.due(timers.ack_at, now):
             timers.ack_at = None
             self._ack_due = True
+        if timers.due(timers.credit_at, now):
+            timers.credit_at = None
+            self.channels.release_credit()
         if timers.due(timers.heartbeat_at, now) or timers.due(timers.probe_at, now):
             timers.probed(now)
             self._ack_due = True
@@ -281,6 +284,8 @@ class Session:
             parts.append(pack_header(sent.identity, self._epoch, inbox.received, inbox.check, self.tick))
             parts.append(sent.payload)
             outbox.advance()
+        if self._timers.credit_at is None and self.channels.credit_waits:
+            self._timers.credit_at = now + self._timers.CREDIT_DELAY_S
         if parts:
             self._timers.transmitted(now)
         elif self._ack_due:

@@ -14,6 +14,8 @@ class Timers:
 
     ACK_DELAY_S: Final = 0.02
     """How long an acknowledgement waits for data to travel with."""
+    CREDIT_DELAY_S: Final = 0.02
+    """How long credit that was granted lazily waits for more."""
     HEARTBEAT_S: Final = 15.0
     """An idle side sends an ACK this long after its last frame."""
     SILENCE_S: Final = 45.0
@@ -30,6 +32,7 @@ class Timers:
     def __init__(self) -> None:
         self.greet_at: float | None = None
         self.ack_at: float | None = None
+        self.credit_at: float | None = None
         self.heartbeat_at: float | None = None
         self.silent_at: float | None = None
         self.partial_at: float | None = None
@@ -48,6 +51,7 @@ class Timers:
         others = (
             self.greet_at,
             self.ack_at,
+            self.credit_at,
             self.heartbeat_at,
             self.partial_at,
             self.probe_at,
@@ -98,7 +102,8 @@ class Timers:
 
     def closed(self) -> None:
         """The epoch is over; only greeting and silence count now."""
-        self.greet_at = self.ack_at = self.heartbeat_at = self.probe_at = self.stall_at = None
+        self.greet_at = self.ack_at = self.credit_at = None
+        self.heartbeat_at = self.probe_at = self.stall_at = None
 
     def stop(self) -> None:
         """The link is over: nothing is timed."""

@@ -57,7 +57,7 @@ class _Leg:
             other.endpoint.close(other.channel, error.code, error.reason)
             self._part(error.code, error.reason, abort=True)
             return
-        other.endpoint.kick()
+        other.endpoint.kick_after(self.endpoint)
 
     def on_data(self, event: Data) -> None:
         if (other := self.other) is None:
@@ -69,12 +69,12 @@ class _Leg:
             other.endpoint.close(other.channel, CloseCode.INTERNAL, str(error), abort=True)
             self._part(CloseCode.INTERNAL, str(error), abort=True)
             return
-        other.endpoint.kick()
+        other.endpoint.kick_after(self.endpoint)
 
     def on_granted(self, event: Granted) -> None:
         if (other := self.other) is not None:
             other.endpoint.connection.grant(other.channel, event.delivered, event.limit)
-            other.endpoint.kick()
+            other.endpoint.kick_after(self.endpoint)
 
     def on_closed(self, event: Closed) -> None:
         if (other := self.other) is not None:

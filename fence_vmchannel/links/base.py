@@ -51,13 +51,22 @@ class Link(Protocol):
         ...
 
 
-class EdgePoll:
-    """The readiness of one descriptor, in edges."""
+_READING: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
-    def __init__(self, fd: int) -> None:
+
+class EdgePoll:
+    """The readiness of one descriptor, in edges.
+
+    That it can be written is told once after `watch_writes`: a socket whose other end reads would else wake
+    its writer after every message.
+    """
+
+    def __init__(self, fd: int, *, watch_writes: bool = False) -> None:
+        self._fd = fd
         self._epoll = select.epoll()
+        self._writes = watch_writes
         try:
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+            self._epoll.register(fd, _READING | select.EPOLLOUT if watch_writes else _READING)
         except BaseException:
             self._epoll.close()
             raise
@@ -69,8 +78,17 @@ class EdgePoll:
     def changes(self) -> int:
         """The present readiness (EPOLL bits) if it changed since the last call, else 0."""
         for _, mask in self._epoll.poll(0, 1):
+            if self._writes and mask & select.EPOLLOUT:
+                self._writes = False
+                self._epoll.modify(self._fd, _READING)
             return mask
         return 0
+
+    def watch_writes(self) -> None:
+        """Tell also when the descriptor can be written: at once if it can be now."""
+        if not self._writes:
+            self._writes = True
+            self._epoll.modify(self._fd, _READING | select.EPOLLOUT)
 
     def close(self) -> None:
         """Free the descriptor. May be called twice."""

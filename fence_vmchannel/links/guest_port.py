@@ -33,6 +33,10 @@ class PortDevice(Protocol):
         """EPOLL bits if the readiness changed since the last call, else 0."""
         ...
 
+    def watch_writes(self) -> None:
+        """Let `changes` tell once when it can be written, as after opening; at once if it can be now."""
+        ...
+
     def read(self, size: int) -> bytes:
         """os.read."""
         ...
@@ -52,7 +56,7 @@ class PortFile:
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self._fd = fd
-        self._poll = EdgePoll(fd)
+        self._poll = EdgePoll(fd, watch_writes=True)
         self._open = True
 
     def fileno(self) -> int:
@@ -62,6 +66,10 @@ class PortFile:
     def changes(self) -> int:
         """See `PortDevice`."""
         return self._poll.changes()
+
+    def watch_writes(self) -> None:
+        """See `PortDevice`."""
+        self._poll.watch_writes()
 
     def read(self, size: int) -> bytes:
         """See `PortDevice`."""
@@ -85,7 +93,6 @@ class GuestPort:
     def __init__(self, device: PortDevice, name: str) -> None:
         self._device = device
         self._name = name
-        self._hup = False
         self._present = False  # until the first edge, which comes at once
         self._readable = False
         self._writable = False
@@ -111,11 +118,15 @@ class GuestPort:
             return
         if mask & select.EPOLLHUP and not mask & select.EPOLLIN:
             raise LinkError(f"port {self._name} was unplugged")
-        self._hup = bool(mask & select.EPOLLHUP)
-        if not self._hup:
+        if mask & select.EPOLLHUP:
+            self._writable = False
+            self._device.watch_writes()  # it can be written again when the host comes
+        else:
             self._present = True
-        self._readable = self._readable or bool(mask & select.EPOLLIN)
-        self._writable = bool(mask & select.EPOLLOUT)
+        if mask & select.EPOLLIN:
+            self._readable = True
+        if mask & select.EPOLLOUT:
+            self._writable = True
 
     def receive(self) -> bytes:
         """See `Link`. What the host wrote before it left is delivered before `present` turns false."""
@@ -129,8 +140,8 @@ class GuestPort:
         except OSError as error:
             raise LinkError(f"port {self._name}: {error.strerror}") from error
         if not data:  # not an end of file: the host is away
-            self._readable = False
-            self._present = False
+            self._readable = self._present = self._writable = False
+            self._device.watch_writes()
         return data
 
     def send(self, data: memoryview) -> int:
@@ -141,6 +152,7 @@ class GuestPort:
             return self._device.write(data[:WRITE_SIZE])
         except (BlockingIOError, InterruptedError):
             self._writable = False
+            self._device.watch_writes()
             return 0
         except OSError as error:
             raise LinkError(f"port {self._name}: {error.strerror}") from error

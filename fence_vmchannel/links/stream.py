@@ -81,6 +81,7 @@ class SocketLink:
             return self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             self._writable = False
+            self._poll.watch_writes()
             return 0
         except OSError as error:
             raise LinkError(f"{self._name}: {error.strerror}") from error

@@ -154,7 +154,8 @@ class Application:
                 del self.streams[number]
 
     def _grant(self, stream: Stream) -> None:
-        self.connection.grant(stream.number, stream.got_cost, stream.got_cost + self.window)
+        limit = stream.got_cost + self.window
+        self.connection.grant(stream.number, stream.got_cost, limit, lazily=True)
 
     def _add(self, target: str, number: int) -> Stream:
         stream = Stream(target, number)

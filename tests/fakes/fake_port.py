@@ -21,7 +21,8 @@ _AWAY = select.EPOLLIN | select.EPOLLHUP
 class ScriptedPort:
     """A `PortDevice` that behaves as virtio_console was measured to; the test plays the host.
 
-    Its edges are the real ones: IN|HUP when the host goes, OUT when it comes, HUP alone when unplugged.
+    Its edges are the real ones: IN|HUP when the host goes, OUT when it comes, HUP alone when unplugged; OUT
+    only while it is watched for.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class ScriptedPort:
         self._connected = False
         self._unplugged = False
         self._edge: int | None = _AWAY  # a fresh registration reports once
+        self._watching_writes = True
         self._event = os.eventfd(1, os.EFD_NONBLOCK)
         self._closed = False
 
@@ -72,7 +74,15 @@ class ScriptedPort:
         if edge is None:
             return 0
         os.eventfd_read(self._event)
+        if edge & select.EPOLLOUT:
+            self._watching_writes = False
         return edge
+
+    def watch_writes(self) -> None:
+        if not self._watching_writes:
+            self._watching_writes = True
+            if self._connected and self.room:
+                self._change(select.EPOLLOUT)
 
     def read(self, size: int) -> bytes:
         self.reads += 1
@@ -100,6 +110,10 @@ class ScriptedPort:
             os.close(self._event)
 
     def _change(self, edge: int) -> None:
+        if not self._watching_writes:
+            edge &= ~select.EPOLLOUT
+        if not edge:
+            return
         if self._edge is None:
             os.eventfd_write(self._event, 1)
         self._edge = edge

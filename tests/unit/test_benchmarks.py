@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from benchmarks import core
-from benchmarks.figures import figure, machine_line
+from benchmarks.figures import figure, machine_line, ratio
 from fence_vmchannel.core.connection import Data
 
 
@@ -25,3 +25,9 @@ def test_the_core_measurements_carry_every_message() -> None:
 
 def test_the_machine_is_named_with_the_figures() -> None:
     assert "cores" in machine_line()
+
+
+def test_a_ratio_compares_median_with_median_and_p99_with_p99() -> None:
+    slow, fast = figure("slow", "us", [10.0, 20.0, 90.0]), figure("fast", "us", [1.0, 2.0, 3.0])
+    row = ratio("slow to fast", slow, fast)
+    assert (row.unit, row.median, row.p99) == ("x", 10.0, 30.0)

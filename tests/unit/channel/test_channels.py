@@ -38,6 +38,7 @@ from fence_vmchannel.core.connection import (
     Role,
 )
 from fence_vmchannel.core.frames import END, Frame, FrameType
+from fence_vmchannel.core.timers import Timers
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -230,6 +231,38 @@ def test_grants_are_merged_and_never_go_back() -> None:
     peer.connection.grant(99, 0, 5)  # gone: ignored
     with pytest.raises(LocalProtocolError):
         peer.connection.grant(1, 1_065, WINDOW)
+
+
+def test_credit_that_was_granted_lazily_waits_a_moment_for_more() -> None:
+    peer = raw_host_with_channel()
+    peer.send(FrameType.DATA, bytes(1_000), channel=1)
+    peer.connection.grant(1, 500, WINDOW + 500, lazily=True)
+    assert not of_type(peer.receive(), FrameType.CREDIT)
+    peer.connection.grant(1, 1_064, WINDOW + 1_064, lazily=True)
+    peer.now += Timers.CREDIT_DELAY_S
+    peer.connection.handle_time(peer.now)
+    (frame,) = of_type(peer.receive(), FrameType.CREDIT)
+    assert frame.payload == credit(1_064, WINDOW + 1_064)
+
+
+def test_credit_goes_out_at_once_when_half_of_the_window_is_used() -> None:
+    peer = raw_host_with_channel()
+    piece = WINDOW // 8 - FRAME_COST
+    for number in range(1, 5):
+        peer.send(FrameType.DATA, bytes(piece), channel=1)
+        taken = number * (piece + FRAME_COST)
+        peer.connection.grant(1, taken, WINDOW + taken, lazily=True)
+        assert len(of_type(peer.receive(), FrameType.CREDIT)) == (number == 4)
+
+
+def test_a_peer_that_was_promised_nothing_gets_its_first_credit_at_once() -> None:
+    peer = RawPeer(Role.HOST)
+    peer.greet()
+    peer.send(FrameType.OPEN, opened_by_peer(), channel=1)
+    peer.connection.accept(1, window=0)
+    peer.receive()
+    peer.connection.grant(1, 0, 500, lazily=True)
+    assert len(of_type(peer.receive(), FrameType.CREDIT)) == 1
 
 
 # --- priorities ---

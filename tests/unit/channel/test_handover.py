@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fence_vmchannel.core import saved
 from fence_vmchannel.core.connection import Connection, PeerIdentity, Role
 from fence_vmchannel.core.saved import SavedSession
+from fence_vmchannel.core.timers import Timers
 from fence_vmchannel.errors import LocalProtocolError, RemoteProtocolError
 from tests.fakes.conversation import Application, Conversation, seeded_bytes
 from tests.fakes.link import GOOD, Faults, FaultyLink
@@ -91,6 +92,22 @@ def test_an_imported_session_resumes_and_tells_nobody() -> None:
     assert talk.guest.try_send("work", 10)
     talk.run(1)
     assert talk.host.by_target["work"].got == 1
+
+
+def test_credit_that_was_granted_lazily_is_not_forgotten() -> None:
+    talk = Conversation()
+    talk.connect()
+    work = talk.guest.open("work")
+    talk.run(1)
+    whole = talk.guest.connection.credit(work.number)
+    assert talk.guest.try_send("work", 10)
+    talk.run(Timers.CREDIT_DELAY_S / 2)  # it has come and was granted, which nobody has told the guest
+    assert talk.host.by_target["work"].got == 1
+    assert talk.guest.connection.credit(work.number) < whole
+    hand_over(talk, talk.host)
+    talk.connect(GOOD)
+    talk.run(1)
+    assert talk.guest.connection.credit(work.number) == whole
 
 
 def test_events_must_be_handled_before_the_export() -> None:
