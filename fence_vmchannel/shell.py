@@ -166,6 +166,16 @@ class Shell:
         for channel, user in users.items():
             self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
 
+    def abandon(self, keeps: Callable[[str], bool]) -> None:
+        """The peer is away: end the NORMAL channels to services that `keeps` does not name, and tell their
+        users. What they have received before is theirs.
+        """
+        why = "the peer is away, and nothing is kept for it"
+        for channel, lost in self.connection.abandon(keeps, CloseCode.PEER_GONE, why).items():
+            if user := self._users.pop(channel, None):
+                reason = f"{why}: {lost} bytes that were sent are not confirmed"
+                self._tell(channel, user.on_closed, Closed(channel, CloseCode.PEER_GONE, reason, False))
+
     # --- what concerns the whole connection, for a subclass ---
 
     def connected(self, event: Opened) -> None:

@@ -236,6 +236,16 @@ class Connection:
         """End the channel now; data of it that is still queued is dropped. Gone: ignored."""
         self._channels.abort(channel, code, reason)
 
+    def abandon(self, keeps: Callable[[str], bool], code: CloseCode, reason: str) -> dict[int, int]:
+        """Abort all NORMAL channels whose target `keeps` does not name: nothing waits for the peer.
+
+        Frames that have a sequence number already (at most 256 KiB) stay: the peer may have them.
+
+        Returns:
+            Those channels, with the cost units sent on each that the peer's consumer did not confirm.
+        """
+        return self._channels.abandon(keeps, code, reason)
+
     # --- hand-over ---
 
     def export_state(self) -> bytes:

@@ -437,7 +437,7 @@ def test_a_flood_of_opens_beyond_the_limit_ends_the_session() -> None:
 def test_accepting_beyond_the_memory_limit_refuses_the_channel() -> None:
     peer = RawPeer(Role.HOST, Limits(session_bytes=100_000))
     peer.greet()
-    peer.send(FrameType.OPEN, opened_by_peer(), channel=1)
+    peer.send(FrameType.OPEN, opened_by_peer(1_000), channel=1)
     with pytest.raises(ServiceRefused):
         peer.connection.accept(1, window=100_001)
     assert [frame.type for frame in peer.receive()] == [FrameType.CLOSE]
