@@ -118,11 +118,9 @@ class Endpoint(Shell):
         if self._turn is None:
             self._turn = self._loop.call_soon(self._send)
 
-    def kick_after(self, source: Endpoint) -> None:
-        """As `kick`, because of what `source` handles now: as soon as its turn ends, in the same turn of the
-        loop.
-        """
-        if source._running:
+    def kick_after(self, source: Shell) -> None:
+        """See `Shell`: as soon as the turn of `source` ends, in the same turn of the loop."""
+        if isinstance(source, Endpoint) and source._running:
             source._followers[self] = None
         else:
             self.kick()

@@ -90,6 +90,10 @@ class Shell:
     def kick(self) -> None:
         """Something was queued or granted: `flush` is due. A shell with an event loop overrides this."""
 
+    def kick_after(self, source: Shell) -> None:
+        """As `kick`, because of what `source` handles now. A shell with an event loop may wait for its end."""
+        self.kick()
+
     def begin(self, link: Link) -> None:
         """Talk over `link` from now on; a turn is due."""
         self._link, self._refused, self._broken = link, "", None
@@ -165,6 +169,16 @@ class Shell:
         users, self._users = self._users, {}
         for channel, user in users.items():
             self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
+
+    def abandon(self, keeps: Callable[[str], bool]) -> None:
+        """The peer is away: end the NORMAL channels to services that `keeps` does not name, and tell their
+        users. What they have received before is theirs.
+        """
+        why = "the peer is away, and nothing is kept for it"
+        for channel, lost in self.connection.abandon(keeps, CloseCode.PEER_GONE, why).items():
+            if user := self._users.pop(channel, None):
+                reason = f"{why}: {lost} bytes that were sent are not confirmed"
+                self._tell(channel, user.on_closed, Closed(channel, CloseCode.PEER_GONE, reason, False))
 
     # --- what concerns the whole connection, for a subclass ---
 

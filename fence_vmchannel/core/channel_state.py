@@ -68,6 +68,9 @@ CHANNEL_TRANSITIONS: Final[Mapping[tuple[ChannelState, ChannelInput], ChannelSta
 QUANTUM: Final = MAX_FRAGMENT + FRAME_COST
 """What a channel may send in one round, cost units: the largest frame, so that each round serves one."""
 
+MIN_WINDOW: Final = QUANTUM
+"""Cost units of the largest frame. No limit cuts a window below it: whatever the limit, a fragment passes."""
+
 MAX_OFFSET: Final = 2**62
 """No window, limit or offset is larger: 4 EiB are never sent."""
 
@@ -89,6 +92,7 @@ class Channel:
 
     __slots__ = (
         "accept_payload",
+        "admitted",
         "announced",
         "close_code",
         "close_reason",
@@ -97,9 +101,11 @@ class Channel:
         "deficit",
         "delivered",
         "largest_window",
+        "most",
         "number",
         "open_payload",
         "priority",
+        "promised",
         "queue",
         "receive_limit",
         "received",
@@ -118,7 +124,10 @@ class Channel:
         self.state = state
         self.open_payload = b""  # until OPEN is sent
         self.accept_payload = b""  # until ACCEPT is sent
-        self.window = 0  # what OPEN or ACCEPT of ours promises
+        self.window = 0  # the largest window that we have promised
+        self.most = MAX_OFFSET  # no window of it is larger, in either direction
+        self.promised = 0  # of the session's bytes, for what may come
+        self.admitted = 0  # of the session's bytes, for what we may send
         self.sent = 0  # taken from our application
         self.scheduled = 0  # of this, given to the session
         self.delivered = 0  # of this, taken by the peer's consumer
@@ -144,11 +153,6 @@ class Channel:
         if following is None:
             raise LocalProtocolError(f"channel {self.number} is {self.state.value}: no {what.name} now")
         self.state = following
-
-    @property
-    def promised(self) -> int:
-        """What may still come before our consumer grants more, or waits for it to take, in cost units."""
-        return self.receive_limit - self.consumed
 
     def wants_to_send(self) -> bool:
         """Whether data, or the CLOSE behind it, waits to be scheduled."""
@@ -208,6 +212,10 @@ class Channel:
         channel.send_limit = saved.send_limit
         channel.received, channel.consumed = saved.received, saved.consumed
         channel.receive_limit = saved.receive_limit
+        if channel.state is not ChannelState.OFFERED:
+            channel.promised = max(saved.window, MIN_WINDOW)
+        if channel.state not in (ChannelState.QUEUED, ChannelState.OPENING):
+            channel.admitted = max(saved.largest_window, MIN_WINDOW)
         channel.queue.extend((fragment.payload, fragment.flags) for fragment in saved.queue)
         if saved.close_code is not None:
             channel.close_code = CloseCode(saved.close_code)

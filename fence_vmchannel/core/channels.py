@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from fence_vmchannel.core.channel_state import (
     MAX_OFFSET,
+    MIN_WINDOW,
     Channel,
     ChannelInput,
     ChannelState,
@@ -56,8 +58,11 @@ control frames wait behind fencing data: an OPEN may be large, and a flood of th
 
 RESERVED_CHANNELS: Final = 16
 RESERVED_BYTES: Final = 4_194_304
-"""Of the limits of channels and of promised windows what NORMAL channels cannot take, where it is at most an
-eighth: no flood of them keeps a fence from being opened."""
+"""Channels, and bytes of windows in each direction, that FENCING and CONTROL channels have beyond the limits
+of the session: no flood of others, and no small limit, keeps a fence from being opened."""
+
+RESERVED_WINDOW: Final = 262_144
+"""No limit cuts a window of a FENCING or CONTROL channel below this."""
 
 MAX_TARGET_BYTES: Final = 1_024
 MAX_REASON: Final = 1_000
@@ -67,6 +72,8 @@ _OPEN = struct.Struct(">BQH")  # priority, window, length of the target
 _ACCEPT = struct.Struct(">Q")  # window
 _CREDIT = struct.Struct(">QQ")  # delivered, limit
 _CLOSE = struct.Struct(">H")  # code
+
+_FULL: Final = "the windows of the session's channels are at their limit"
 
 Outgoing = tuple[int, int, int, bytes]
 """A frame without its numbers: type, flags, channel, payload."""
@@ -84,6 +91,7 @@ class Multiplexer:
         self._next_number = 2 if role is Role.HOST else 1
         self._peer_highest = 0  # highest number that the peer opened: all at or below it are known or gone
         self._promised = 0  # the sum of all channels' `promised`
+        self._admitted = 0  # the sum of all channels' `admitted`
         self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
         self._control: deque[tuple[FrameType, int]] = deque()
         self._late: set[int] = set()  # channels whose CREDIT may wait for more to be granted
@@ -103,34 +111,33 @@ class Multiplexer:
 
     def open(self, target: str, window: int | None, priority: Priority, payload: bytes) -> int:
         """See `Connection.open`."""
-        window = self._window(window)
+        channel = self._new(self._next_number, target, priority, ChannelState.QUEUED)
+        window = min(self._window(window), channel.most)
         if len(_encode(target)) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
-        if not self._room_for(window, priority, new=True) or self._next_number > MAX_CHANNEL:
+        if not self._room_for_another(priority) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
-        channel = Channel(self._next_number, target, priority, ChannelState.QUEUED)
-        channel.window = channel.receive_limit = channel.announced = window
+        if not self._promise(channel, window):
+            raise ServiceRefused(CloseCode.LIMIT, _FULL)
+        channel.receive_limit = channel.announced = window
         channel.open_payload = payload
         self._next_number += 2
         self._channels[channel.number] = channel
-        self._promised += window
         self._queue_control(FrameType.OPEN, channel)
         return channel.number
 
     def accept(self, number: int, window: int | None, payload: bytes) -> None:
         """See `Connection.accept`."""
         channel = self._channel(number)
-        window = self._window(window)
+        window = min(self._window(window), channel.most)
         if len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"payload over {MAX_FRAGMENT} bytes")
-        offered = channel.state is ChannelState.OFFERED
-        if offered and not self._room_for(window, channel.priority, new=False):
-            self.close(number, CloseCode.LIMIT, "no memory for another window")
-            raise ServiceRefused(CloseCode.LIMIT, "no memory for another window")
+        if channel.state is ChannelState.OFFERED and not self._promise(channel, window):
+            self.close(number, CloseCode.LIMIT, _FULL)
+            raise ServiceRefused(CloseCode.LIMIT, _FULL)
         channel.apply(ChannelInput.ACCEPT)
-        channel.window = channel.receive_limit = channel.announced = window
+        channel.receive_limit = channel.announced = window
         channel.accept_payload = payload
-        self._promised += window
         self._queue_control(FrameType.ACCEPT, channel)
 
     def send(self, number: int, data: bytes | bytearray | memoryview, end: bool) -> None:
@@ -176,12 +183,16 @@ class Multiplexer:
             raise LocalProtocolError(
                 f"channel {number}: {delivered} delivered, limit {limit}, {channel.received} came"
             )
-        if delivered <= channel.consumed and limit <= channel.receive_limit:
+        consumed = max(delivered, channel.consumed)
+        if limit > consumed + channel.window:
+            room = channel.promised + self._room(self._promised, channel.priority)
+            window = min(limit - consumed, channel.most, room)
+            self._promise(channel, window)
+            limit = consumed + window
+        if consumed == channel.consumed and limit <= channel.receive_limit:
             return
-        self._promised -= channel.promised
-        channel.consumed = max(delivered, channel.consumed)
+        channel.consumed = consumed
         channel.receive_limit = max(limit, channel.receive_limit)
-        self._promised += channel.promised
         if lazily and 2 * (channel.announced - channel.received) > channel.window:
             self._late.add(number)
         else:
@@ -213,6 +224,15 @@ class Multiplexer:
         self._drop_queue(channel)
         if channel.state is ChannelState.CLOSING or self._end(channel, code, reason):
             self._queue_control(FrameType.CANCEL, channel)
+
+    def abandon(self, keeps: Callable[[str], bool], code: CloseCode, reason: str) -> dict[int, int]:
+        """See `Connection.abandon`."""
+        lost: dict[int, int] = {}
+        for channel in tuple(self._channels.values()):
+            if channel.priority is Priority.NORMAL and not keeps(channel.target):
+                lost[channel.number] = channel.sent - channel.delivered
+                self.abort(channel.number, code, reason)
+        return lost
 
     # --- the session's side: sending ---
 
@@ -252,6 +272,7 @@ class Multiplexer:
                 lost[number] = channel.sent - channel.delivered
         self._channels = survivors
         self._promised = sum(channel.promised for channel in survivors.values())
+        self._admitted = sum(channel.admitted for channel in survivors.values())
         self._urgent.clear()
         self._control.clear()
         for channel in survivors.values():
@@ -362,7 +383,6 @@ class Multiplexer:
         if channel is None or channel.state is ChannelState.CLOSING:
             return
         delivered, limit = _unpack(_CREDIT, frame)
-        limit = min(limit, delivered + self._limits.max_window_bytes)
         if (
             channel.state is not ChannelState.OPEN
             or not channel.delivered <= delivered <= channel.scheduled
@@ -370,9 +390,13 @@ class Multiplexer:
         ):
             self._break(channel, f"credit {delivered} to {limit} does not fit")
             return
+        if limit > delivered + channel.largest_window:
+            room = channel.admitted + self._room(self._admitted, channel.priority)
+            window = min(limit - delivered, channel.most, room)
+            self._admit(channel, window)
+            limit = delivered + window
         channel.delivered = delivered
         channel.send_limit = limit
-        channel.largest_window = max(channel.largest_window, limit - delivered)
         self._events.append(Granted(frame.channel, delivered, limit))
 
     def _take_open(self, frame: Frame) -> None:
@@ -387,14 +411,16 @@ class Multiplexer:
             raise RemoteProtocolError(f"OPEN of channel {number} is malformed")
         if length > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             self._refuse(number, CloseCode.PROTOCOL, "target or payload is too long")
-        elif not self._room_for(0, Priority(priority), new=True):
+        elif not self._room_for_another(Priority(priority)):
             self._refuse(number, CloseCode.LIMIT, f"{len(self._channels)} channels are open")
         else:
-            window = min(window, self._limits.max_window_bytes)
-            channel = Channel(
-                number, raw.decode("utf-8", "replace"), Priority(priority), ChannelState.OFFERED
-            )
-            channel.send_limit = channel.largest_window = window
+            target = raw.decode("utf-8", "replace")
+            channel = self._new(number, target, Priority(priority), ChannelState.OFFERED)
+            window = min(window, channel.most)
+            if not self._admit(channel, window):
+                self._refuse(number, CloseCode.LIMIT, _FULL)
+                return
+            channel.send_limit = window
             self._channels[number] = channel
             self._events.append(ChannelOpened(number, channel.target, channel.priority, window, payload))
 
@@ -408,9 +434,12 @@ class Multiplexer:
         if len(frame.payload) - _ACCEPT.size > MAX_FRAGMENT:
             self._break(channel, "the payload of ACCEPT is too long")
             return
-        window = min(window, self._limits.max_window_bytes)
+        window = min(window, channel.most)
+        if not self._admit(channel, window):
+            self._break(channel, _FULL, CloseCode.LIMIT)
+            return
         channel.apply(ChannelInput.ACCEPTED)
-        channel.send_limit = channel.largest_window = window
+        channel.send_limit = window
         self._events.append(ChannelAccepted(frame.channel, window, frame.payload[_ACCEPT.size :]))
 
     def _take_close(self, frame: Frame) -> None:
@@ -463,7 +492,11 @@ class Multiplexer:
             if each.number in self._channels or not 0 < each.number <= highest:
                 raise ValueError(f"channel number {each.number}")
             channel = self._channels[each.number] = Channel.load(each)
+            # What it had under larger limits it keeps: a message of that size may be under way.
+            most = self._most(channel.target, channel.priority)
+            channel.most = max(most, channel.window, channel.largest_window)
             self._promised += channel.promised
+            self._admitted += channel.admitted
             self._queued_bytes += sum(len(payload) for payload, _ in channel.queue)
             if channel.wants_to_send():
                 self._rings[channel.priority].add(channel)
@@ -513,21 +546,59 @@ class Multiplexer:
             raise LocalProtocolError(f"window {window}")
         return window
 
-    def _room_for(self, window: int, priority: Priority, *, new: bool) -> bool:
-        """Whether the limits allow a further receive window, or a further channel."""
-        channels, size = self._limits.channels, self._limits.session_bytes
-        if priority is Priority.NORMAL:
-            channels -= RESERVED_CHANNELS if channels >= 8 * RESERVED_CHANNELS else 0
-            size -= RESERVED_BYTES if size >= 8 * RESERVED_BYTES else 0
-        if new and len(self._channels) >= channels:
-            return False
-        return self._promised + window <= size
+    def _new(self, number: int, target: str, priority: Priority, state: ChannelState) -> Channel:
+        """A channel that is not counted yet."""
+        channel = Channel(number, target, priority, state)
+        channel.most = self._most(target, priority)
+        return channel
+
+    def _most(self, target: str, priority: Priority) -> int:
+        """The largest window of a channel, in either direction."""
+        limits = self._limits
+        most = min(limits.max_window_bytes, limits.target_bytes.get(target, MAX_OFFSET))
+        return max(most, MIN_WINDOW if priority is Priority.NORMAL else RESERVED_WINDOW)
+
+    def _room_for_another(self, priority: Priority) -> bool:
+        """Whether the limits allow a further channel."""
+        reserve = 0 if priority is Priority.NORMAL else RESERVED_CHANNELS
+        return len(self._channels) < self._limits.channels + reserve
+
+    def _promise(self, channel: Channel, window: int) -> bool:
+        """Take what a receive window adds to what the channel has from the session's bytes, if it is there.
+
+        One fragment is counted even for a smaller window, so that a later grant of so much never fails.
+        """
+        more = max(window, MIN_WINDOW) - channel.promised
+        if more > 0:
+            if more > self._room(self._promised, channel.priority):
+                return False
+            self._promised += more
+            channel.promised += more
+        channel.window = max(window, channel.window)
+        return True
+
+    def _admit(self, channel: Channel, window: int) -> bool:
+        """The same for a window of the peer: for what we may have to queue."""
+        more = max(window, MIN_WINDOW) - channel.admitted
+        if more > 0:
+            if more > self._room(self._admitted, channel.priority):
+                return False
+            self._admitted += more
+            channel.admitted += more
+        channel.largest_window = max(window, channel.largest_window)
+        return True
+
+    def _room(self, taken: int, priority: Priority) -> int:
+        """What is left of the session's bytes in the direction of which so much is taken."""
+        reserve = 0 if priority is Priority.NORMAL else RESERVED_BYTES
+        return max(0, self._limits.session_bytes + reserve - taken)
 
     def _forget(self, channel: Channel) -> None:
         """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
         without ever acknowledging would make the queues grow without end."""
         self._promised -= channel.promised
         self._late.discard(channel.number)
+        self._admitted -= channel.admitted
         channel.close_code = None
         del self._channels[channel.number]
         enough = 64 + 8 * len(self._channels)  # a channel has at most four control frames waiting
@@ -549,10 +620,10 @@ class Multiplexer:
         channel.close_code, channel.close_reason = code, reason[:MAX_REASON]
         return True
 
-    def _break(self, channel: Channel, reason: str) -> None:
-        """The peer broke a rule of this channel: end it on both sides."""
-        self.abort(channel.number, CloseCode.PROTOCOL, reason)
-        self._events.append(Closed(channel.number, CloseCode.PROTOCOL, reason, True))
+    def _break(self, channel: Channel, reason: str, code: CloseCode = CloseCode.PROTOCOL) -> None:
+        """The peer broke a rule of this channel, or asks too much: end it on both sides."""
+        self.abort(channel.number, code, reason)
+        self._events.append(Closed(channel.number, code, reason, True))
 
     def _refuse(self, number: int, code: CloseCode, reason: str) -> None:
         if len(self._refusals) >= self._limits.channels:

@@ -222,8 +222,8 @@ class Connection:
         units).
 
         Numbers below those of an earlier call have no effect; a channel that is gone is ignored. `lazily`:
-        while more than half of the window is open the peer may learn of it later (20 ms), together with more: for
-        a final consumer, because one delay on the way is enough.
+        while more than half of the window is open the peer may learn of it later (20 ms), together with more:
+        for a final consumer, because one delay on the way is enough.
 
         Raises:
             LocalProtocolError: `delivered` is more than has come.
@@ -237,6 +237,16 @@ class Connection:
     def abort(self, channel: int, code: CloseCode = CloseCode.NORMAL, reason: str = "") -> None:
         """End the channel now; data of it that is still queued is dropped. Gone: ignored."""
         self._channels.abort(channel, code, reason)
+
+    def abandon(self, keeps: Callable[[str], bool], code: CloseCode, reason: str) -> dict[int, int]:
+        """Abort all NORMAL channels whose target `keeps` does not name: nothing waits for the peer.
+
+        Frames that have a sequence number already (at most 256 KiB) stay: the peer may have them.
+
+        Returns:
+            Those channels, with the cost units sent on each that the peer's consumer did not confirm.
+        """
+        return self._channels.abandon(keeps, code, reason)
 
     # --- hand-over ---
 

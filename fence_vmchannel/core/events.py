@@ -48,10 +48,14 @@ class Limits:
 
     channels: int = 1024  # open at once, both sides together; a further OPEN is refused with LIMIT
     window_bytes: int = 262_144  # receive window that a channel gets when the caller names none, cost units
-    max_window_bytes: int = (
-        4_194_304  # what a peer grants beyond this is cut to it: bounds what is queued to send
-    )
-    session_bytes: int = 134_217_728  # sum of all receive windows; a further channel is refused with LIMIT
+    max_window_bytes: int = 4_194_304
+    """Largest window of a channel in either direction, cost units: what we grant is cut to it, and what the
+    peer grants. So it bounds what waits here in that direction. Never less than one fragment."""
+    session_bytes: int = 134_217_728
+    """Sum of all windows of one direction, cost units; a further channel is refused with LIMIT. FENCING and
+    CONTROL channels have some channels and bytes beyond, which no other takes (`channels.RESERVED_BYTES`)."""
+    target_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """As `max_window_bytes`, for the channels to one target; the smaller of the two holds."""
 
 
 @dataclass(frozen=True, slots=True)

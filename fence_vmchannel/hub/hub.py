@@ -28,6 +28,7 @@ from fence_vmchannel.hub.peer_table import Connector, Peer, PeerObserver, PeerTa
 from fence_vmchannel.hub.ports import MAX_PORTS, PortConnector, follow_ports
 from fence_vmchannel.hub.router import OwnService, Router
 from fence_vmchannel.hub.serving import Handler
+from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.hub.watch import Watch, WatchList
 from fence_vmchannel.links.local import BACKLOG, LocalListener
 from fence_vmchannel.messages import FENCE_SERVICE
@@ -37,8 +38,8 @@ from fence_vmchannel.supervisor import Supervisor
 DEFAULT_PRIORITIES: Final[Mapping[str, Priority]] = MappingProxyType({FENCE_SERVICE: Priority.FENCING})
 
 DEFAULT_ACCESS: Final = AccessRules()
-DEFAULT_LIMITS: Final = Limits()
-"""Of one peer's connection."""
+DEFAULT_TERMS: Final = PeerTerms()
+"""Of one peer."""
 
 LOCAL_LIMITS: Final = Limits(channels=256, session_bytes=33_554_432)
 """Of one local application."""
@@ -61,7 +62,7 @@ class Hub:
         identity: PeerIdentity,
         *,
         access: AccessRules = DEFAULT_ACCESS,
-        limits: Limits = DEFAULT_LIMITS,
+        terms: PeerTerms = DEFAULT_TERMS,
         local_limits: Limits = LOCAL_LIMITS,
         max_clients: int = 256,
         default_peer: str = "",
@@ -74,7 +75,8 @@ class Hub:
         Args:
             identity: what it says of itself: the kernel's boot id, and its software's name and version.
             access: which local users may open and offer what.
-            limits: of each peer's connection; `local_limits`: of each local application's.
+            terms: of each peer that is attached without its own.
+            local_limits: of each local application's connection.
             max_clients: local applications at once; a few places are root's.
             default_peer: where an address without a peer leads; "host" in a guest, nowhere on a host.
             priorities: of services, by name; all others are NORMAL.
@@ -82,7 +84,7 @@ class Hub:
             random_bytes: unguessable bytes.
         """
         self._identity = identity
-        self._limits = limits
+        self._terms = terms
         self._local_limits = local_limits
         self._max_clients = max_clients
         self._clock = clock
@@ -165,19 +167,29 @@ class Hub:
 
     # --- peers ---
 
-    def attach(self, peer: PeerInfo, connector: Connector, *, role: Role = Role.HOST) -> None:
+    def attach(
+        self,
+        peer: PeerInfo,
+        connector: Connector,
+        *,
+        role: Role = Role.HOST,
+        terms: PeerTerms | None = None,
+    ) -> None:
         """Keep a session with `peer` over links that `connector` makes, until `detach`.
+
+        `terms`: what it may have; None: the hub's.
 
         Raises:
             LocalProtocolError: it is attached already.
         """
         if self._peers.get(peer) is not None:
             raise LocalProtocolError(f"peer {peer} is attached already")
-        connection = Connection(role, self._identity, random_bytes=self._random_bytes, limits=self._limits)
+        terms = self._terms if terms is None else terms
+        connection = Connection(role, self._identity, random_bytes=self._random_bytes, limits=terms.limits)
         endpoint = Endpoint(
             peer, connection, PeerObserver(peer, self._peers, self._router.from_peer), clock=self._clock
         )
-        entry = Peer(peer, endpoint, connector)
+        entry = Peer(peer, endpoint, connector, terms)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
 

@@ -24,6 +24,7 @@ from fence_vmchannel.hub.events import (
     PortUnusable,
     SessionWasReset,
 )
+from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.logs import RateLimitedLog, quoted
 from fence_vmchannel.peers import PeerInfo
@@ -52,6 +53,7 @@ class Peer:
     info: PeerInfo
     endpoint: Endpoint
     connector: Connector
+    terms: PeerTerms
     present: bool = True  # the port is there; whether it can be opened shows later
     connected: PeerConnected | None = None  # the last greeting on the present link
     trouble: str = ""  # why there is no link, as last told
@@ -103,7 +105,8 @@ class PeerTable:
         """The endpoint that the address names.
 
         Raises:
-            ServiceRefused: PEER_GONE if there is none, or its port is away; UNKNOWN_SERVICE if several fit.
+            ServiceRefused: PEER_GONE if there is none, its port is away, or it is and nothing is kept for it;
+                UNKNOWN_SERVICE if several fit.
         """
         name = address.peer or self._default_peer
         port = address.port or DEFAULT_PORT
@@ -124,6 +127,10 @@ class PeerTable:
         if not fitting[0].present:
             raise ServiceRefused(
                 CloseCode.PEER_GONE, f"port {quoted(port)} of {quoted(name)} is not there now"
+            )
+        if fitting[0].connected is None and not fitting[0].terms.keeps(address.service):
+            raise ServiceRefused(
+                CloseCode.PEER_GONE, f"{quoted(name)} is away, and nothing is kept for it (cache_buffers)"
             )
         return fitting[0].endpoint
 
@@ -164,6 +171,7 @@ class PeerTable:
             peer.connected = None
             peer.noise.info("peer %s: disconnected: %s", info, quoted(reason))
             self._publish(PeerDisconnected(info.name, info.port, reason, info.key))
+            peer.endpoint.abandon(peer.terms.keeps)
 
     def was_reset(self, info: PeerInfo, reason: str) -> None:
         """A peer's session began anew."""

@@ -12,18 +12,18 @@ import logging
 from dataclasses import dataclass
 
 from fence_vmchannel.core.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
-from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelClosed, ChannelError, CloseCode
 from fence_vmchannel.logs import quoted
+from fence_vmchannel.shell import Shell
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
 
 
 def relay(
-    source: Endpoint,
+    source: Shell,
     event: ChannelOpened,
-    target: Endpoint,
+    target: Shell,
     service: str,
     *,
     payload: bytes,
@@ -44,7 +44,7 @@ def relay(
 class _Leg:
     """One side of a relayed channel: what happens here is done on the other side."""
 
-    endpoint: Endpoint
+    endpoint: Shell
     channel: int = 0
     other: _Leg | None = None
 

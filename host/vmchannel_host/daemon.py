@@ -16,7 +16,7 @@ from typing import Final
 
 import fence_vmchannel
 from fence_vmchannel.access import ROOT_ONLY, AccessRules
-from fence_vmchannel.core.events import Limits, PeerIdentity
+from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub, boot_clock
 from fence_vmchannel.messages import FENCE_SERVICE, REQUEST_ID_BYTES, FenceAction, FenceAnswer
@@ -52,6 +52,7 @@ from vmchannel_host.model import VmUuid
 from vmchannel_host.notify import Notifier
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
+from vmchannel_host.port_terms import terms_of_port
 from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.reporter import Reporter
 from vmchannel_host.returned_memory import ReturnedMemory
@@ -211,7 +212,11 @@ class Daemon:
         self._coordinator = core.coordinator
         async with self._build_hub() as hub:
             ports = VmPorts(
-                hub, self._settings.config.ports.prefix, self._parts.peers, self._hypervisor.look_at_ports
+                hub,
+                self._settings.config.ports.prefix,
+                self._parts.peers,
+                self._hypervisor.look_at_ports,
+                partial(terms_of_port, self._settings.config),
             )
             reporter = Reporter(self._registry, ports, core.service, core.feed, self._parts.wall_clock)
             core.instances.subscribe(reporter.on_instance)
@@ -257,7 +262,6 @@ class Daemon:
         return Hub(
             PeerIdentity(parts.processes.boot_id, f"vmchanneld {fence_vmchannel.__version__}"),
             access=AccessRules(open_default=ROOT_ONLY, offer_default=ROOT_ONLY),
-            limits=Limits(channels=config.limits.channels),
             max_clients=config.limits.clients,
             clock=parts.clock,
             random_bytes=parts.random_bytes,

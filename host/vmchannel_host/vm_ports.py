@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub
+from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from vmchannel_host.hypervisors import HypervisorError
@@ -34,7 +35,12 @@ class VmPorts:
     """The ports that are served. One instance of a VM speaks for it: the running one before any other."""
 
     def __init__(
-        self, hub: Hub, prefix: str, peers: ChardevPeers, look: Callable[[ProcessIdentity], None]
+        self,
+        hub: Hub,
+        prefix: str,
+        peers: ChardevPeers,
+        look: Callable[[ProcessIdentity], None],
+        terms: Callable[[PortName], PeerTerms] = lambda _: PeerTerms(),
     ) -> None:
         """Serve no port yet.
 
@@ -43,11 +49,13 @@ class VmPorts:
             prefix: of the names of ports to serve.
             peers: checks who listens behind a chardev's socket.
             look: has the hypervisor ask anew whether an instance's guest has its ports open.
+            terms: what the guest at a port of that name may have.
         """
         self._hub = hub
         self._prefix = prefix
         self._peers = peers
         self._look = look
+        self._terms = terms
         self._served: dict[tuple[VmUuid, PortName], tuple[VmPort, PeerInfo]] = {}
 
     def update(self, vm: VmUuid, instances: Iterable[Instance]) -> None:
@@ -97,7 +105,8 @@ class VmPorts:
         peer = PeerInfo(
             name=port.name or port.vm_uuid, kind=PeerKind.VM, port=port.port.name, key=port.vm_uuid, info=port
         )
-        self._hub.attach(peer, ChardevConnector(port.port.chardev_path, self._verifier(port)))
+        connector = ChardevConnector(port.port.chardev_path, self._verifier(port))
+        self._hub.attach(peer, connector, terms=self._terms(port.port.name))
         return peer
 
     def _verifier(self, port: VmPort) -> Callable[[int], asyncio.Future[None]]:

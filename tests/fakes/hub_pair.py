@@ -15,7 +15,8 @@ from fence_vmchannel.addresses import DEFAULT_PORT
 from fence_vmchannel.core.events import Limits, PeerIdentity, Role
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.events import HubEvent
-from fence_vmchannel.hub.hub import Hub
+from fence_vmchannel.hub.hub import LOCAL_LIMITS, Hub
+from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.hub.watch import Watch
 from fence_vmchannel.links.base import Link
 from fence_vmchannel.links.stream import SocketLink
@@ -96,19 +97,22 @@ async def hub_pair(
     guest_access: AccessRules | None = None,
     max_clients: int = 256,
     limits: Limits | None = None,
+    terms: PeerTerms | None = None,
+    local_limits: Limits = LOCAL_LIMITS,
     mode: int = 0o660,
 ) -> AsyncGenerator[HubPair]:
-    """Run both hubs, connected."""
+    """Run both hubs, connected. `terms` are those of both; else `limits` are."""
     port = FakePort()
-    limits = limits or Limits()
+    terms = terms or PeerTerms(limits or Limits())
     guest = Hub(
         PeerIdentity("guest-boot", "test guest"),
         access=guest_access or AccessRules(),
         default_peer=HOST_PEER,
         max_clients=max_clients,
-        limits=limits,
+        terms=terms,
+        local_limits=local_limits,
     )
-    host = Hub(PeerIdentity("host-boot", "test host"), limits=limits)
+    host = Hub(PeerIdentity("host-boot", "test host"), terms=terms, local_limits=local_limits)
     try:
         async with host, guest:
             pair = HubPair(guest, host, port, str(directory / "guest.sock"), str(directory / "host.sock"))

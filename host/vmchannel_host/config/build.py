@@ -11,6 +11,7 @@ from typing import TypeVar
 from vmchannel_host.config.checks import ReadFile, as_list, as_mapping, at
 from vmchannel_host.config.model import (
     GROUP_ACTIONS,
+    WIDEST,
     AfterKill,
     BusKind,
     ClusterConfig,
@@ -63,11 +64,12 @@ def build_config(files: Sequence[ReadFile], default_host: str) -> HostConfig:
 def _ports(tree: Value) -> PortsConfig:
     plain = PortsConfig()
     limits = _port_limits(tree, plain.limits)
-    overrides = as_mapping(at(tree, "overrides"))
+    overrides, services = as_mapping(at(tree, "overrides")), as_mapping(at(tree, "services"))
     return PortsConfig(
         prefix=_get(tree, "prefix", str, plain.prefix),
         limits=limits,
         overrides=_frozen({PortName(name): _port_limits(value, limits) for name, value in overrides.items()}),
+        services=_frozen({name: _port_limits(value, WIDEST) for name, value in services.items()}),
         raw=tuple(PortName(_text(name)) for name in as_list(at(tree, "raw"))),
     )
 

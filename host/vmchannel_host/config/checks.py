@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fence_vmchannel.messages import FENCE_SERVICE
 from vmchannel_host.config.model import FencingConfig, PortsConfig
 from vmchannel_host.config.scalars import parse_duration, parse_vm
 from vmchannel_host.config.schema import Violation, show
@@ -120,6 +121,10 @@ def _ports(tree: Value) -> Iterator[Violation]:
         if not name.startswith(prefix):
             message = f"it overrides nothing: only ports whose name begins {prefix!r} are served"
             yield Violation(("ports", "overrides", name), True, message)
+    for name in as_mapping(at(tree, "ports", "services")):
+        if name == FENCE_SERVICE or name.startswith("."):
+            message = "its memory is reserved and nothing of it is dropped: no limit of a service applies"
+            yield Violation(("ports", "services", name), True, message)
     for index, raw in enumerate(as_list(at(tree, "ports", "raw"))):
         if isinstance(raw, str) and raw.startswith(prefix):
             message = f"{show(raw)} begins with the prefix {prefix!r}: it is served, and cannot be raw"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
+from typing import Final
 
 from fence_vmchannel.messages import FenceAction
 from vmchannel_host.model import HostName, PortName
@@ -71,11 +72,20 @@ class LogLevel(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PortLimits:
-    """What is buffered for one port."""
+    """What may wait of one channel, in each direction."""
 
-    byte_limit: int = _MIB  # bytes buffered towards the guest, per channel and session
-    guest_byte_limit: int = _MIB  # the same in the guest; sent to it in the greeting
-    cache_buffers: bool = True  # keep data for an endpoint that is away, up to the limit
+    byte_limit: int = _MIB  # bytes here
+    guest_byte_limit: int = _MIB  # bytes in the guest; kept from here, by the windows that it is granted
+    cache_buffers: bool = True  # what waits for a guest that is away is kept
+
+    @property
+    def window(self) -> int:
+        """What may wait anywhere: credit is end to end, so the smaller of the two bounds both sides."""
+        return min(self.byte_limit, self.guest_byte_limit)
+
+
+WIDEST: Final = PortLimits(1024 * _MIB, 1024 * _MIB)
+"""What narrows nothing: the defaults of one service's entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class PortsConfig:
     prefix: str = "org.vmchannel."  # every port whose name begins so is served
     limits: PortLimits = PortLimits()  # byte_limit, guest_byte_limit, cache_buffers of the section itself
     overrides: Mapping[PortName, PortLimits] = field(default_factory=lambda: MappingProxyType({}))  # complete
+    services: Mapping[str, PortLimits] = field(default_factory=lambda: MappingProxyType({}))  # narrow only
     raw: tuple[PortName, ...] = ()  # ports of other programs, offered as raw streams
 
     def limits_of(self, name: PortName) -> PortLimits:

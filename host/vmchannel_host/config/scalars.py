@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from fence_vmchannel.addresses import check_service
+from fence_vmchannel.errors import LocalProtocolError
 from fence_vmchannel.messages import MAX_PLUG
 from vmchannel_host.model import NIL_UUID, VmUuid
 
@@ -115,6 +117,14 @@ def _port_name(text: str) -> str:
     return text
 
 
+def _service_name(text: str) -> str:
+    try:
+        check_service(text)
+    except LocalProtocolError:
+        raise ValueError("a service's name such as org.example.clipboard") from None
+    return text
+
+
 def _absolute(text: str) -> str:
     if not text.startswith("/") or not text.isprintable() or len(text) > 4096 or ".." in text.split("/"):
         raise ValueError("an absolute path without ..")
@@ -135,6 +145,7 @@ KINDS: Mapping[str, Callable[[str], object]] = MappingProxyType(
         "group": lambda text: _name(text, "a group's name"),
         "host": _host_name,
         "port": _port_name,
+        "service": _service_name,
         "path": _absolute,
         "argument": _argument,
     }

@@ -142,6 +142,7 @@ HOST_SCHEMA: Schema = _section(
                 "prefix": _scalar("port"),
                 **_LIMITS,
                 "overrides": _mapping("port", _section(_LIMITS)),
+                "services": _mapping("service", _section(_LIMITS)),
                 "raw": _list(_scalar("port")),
             }
         ),

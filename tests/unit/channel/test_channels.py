@@ -37,7 +37,7 @@ from fence_vmchannel.core.connection import (
     Reset,
     Role,
 )
-from fence_vmchannel.core.frames import END, Frame, FrameType
+from fence_vmchannel.core.frames import END, Frame, FrameDecoder, FrameType, frames_only
 from fence_vmchannel.core.timers import Timers
 from fence_vmchannel.errors import (
     ChannelClosed,
@@ -305,6 +305,30 @@ def test_bulk_stops_at_256_kib_in_flight_and_fencing_goes_on() -> None:
     assert of_type(peer.receive(), FrameType.DATA)
 
 
+def test_with_ten_bulk_channels_waiting_a_fence_is_the_next_frame_to_get_a_number() -> None:
+    """Whether the link takes more at the moment, or bulk waits for acknowledgements."""
+    peer = RawPeer(Role.HOST)
+    peer.greet()
+    for number in range(1, 21, 2):
+        peer.send(FrameType.OPEN, opened_by_peer(2_000_000), channel=number)
+        peer.connection.accept(number)
+    peer.send(FrameType.OPEN, opened_by_peer(WINDOW, Priority.FENCING), channel=21)
+    peer.connection.accept(21)
+    peer.receive()
+    peer.send_ack()
+    for number in range(1, 21, 2):
+        peer.connection.send(number, bytes(1_000_000))
+    assert peer.connection.data_to_send(peer.now, 65_536)  # what the link took last
+    peer.connection.send(21, b"off")
+    frames = frames_only(FrameDecoder().feed(peer.connection.data_to_send(peer.now, 65_536)))
+    # One frame did not fit into what the link took: it has its number, and goes first.
+    assert [frame.payload for frame in frames].index(b"off") <= 1
+    while peer.connection.data_to_send(peer.now):
+        pass  # 256 KiB are in flight
+    peer.connection.send(21, b"off again")
+    assert [frame.payload for frame in peer.receive()] == [b"off again"]
+
+
 def test_even_control_frames_stop_somewhere() -> None:
     peer = RawPeer(Role.HOST)
     peer.greet()
@@ -470,7 +494,7 @@ def test_a_flood_of_opens_beyond_the_limit_ends_the_session() -> None:
 def test_accepting_beyond_the_memory_limit_refuses_the_channel() -> None:
     peer = RawPeer(Role.HOST, Limits(session_bytes=100_000))
     peer.greet()
-    peer.send(FrameType.OPEN, opened_by_peer(), channel=1)
+    peer.send(FrameType.OPEN, opened_by_peer(1_000), channel=1)
     with pytest.raises(ServiceRefused):
         peer.connection.accept(1, window=100_001)
     assert [frame.type for frame in peer.receive()] == [FrameType.CLOSE]

@@ -102,7 +102,7 @@ def test_an_accept_with_too_much_payload_ends_its_channel_only() -> None:
 def test_any_number_of_normal_channels_leaves_room_for_a_fence() -> None:
     peer = RawPeer(Role.GUEST)
     peer.greet()
-    for _ in range(LIMITS.channels - RESERVED_CHANNELS):
+    for _ in range(LIMITS.channels):
         peer.connection.open("x", window=0)
     with pytest.raises(ServiceRefused):
         peer.connection.open("x", window=0)
@@ -115,7 +115,7 @@ def test_any_number_of_normal_channels_leaves_room_for_a_fence() -> None:
 def test_any_windows_of_normal_channels_leave_room_for_a_fence() -> None:
     peer = RawPeer(Role.GUEST)
     peer.greet()
-    for _ in range((LIMITS.session_bytes - RESERVED_BYTES) // LIMITS.max_window_bytes):
+    for _ in range(LIMITS.session_bytes // LIMITS.max_window_bytes):
         peer.connection.open("x", window=LIMITS.max_window_bytes)
     with pytest.raises(ServiceRefused):
         peer.connection.open("x", window=1)
@@ -127,19 +127,19 @@ def test_any_windows_of_normal_channels_leave_room_for_a_fence() -> None:
 def test_what_a_peer_opens_leaves_room_for_its_fence_too() -> None:
     peer = RawPeer(Role.HOST)
     peer.greet()
-    last = 2 * LIMITS.channels + 1
+    last = 2 * LIMITS.channels + 3
     for number in range(1, last, 2):
-        peer.send(FrameType.OPEN, opening(), channel=number)
-    assert peer.connection.channels == LIMITS.channels - RESERVED_CHANNELS
+        peer.send(FrameType.OPEN, opening(window=1_000), channel=number)
+    assert peer.connection.channels == LIMITS.channels
     peer.send(FrameType.OPEN, opening(Priority.FENCING), channel=last)
-    assert peer.connection.channels == LIMITS.channels - RESERVED_CHANNELS + 1
+    assert peer.connection.channels == LIMITS.channels + 1
 
 
 def test_room_comes_back_when_channels_end() -> None:
     peer = RawPeer(Role.GUEST)
     peer.greet()
     for _ in range(3):
-        numbers = [peer.connection.open("x", window=LIMITS.max_window_bytes) for _ in range(31)]
+        numbers = [peer.connection.open("x", window=LIMITS.max_window_bytes) for _ in range(32)]
         with pytest.raises(ServiceRefused):
             peer.connection.open("x", window=LIMITS.max_window_bytes)
         peer.receive()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from vmchannel_host.config.loading import (
     check_config,
     load_config,
 )
-from vmchannel_host.config.model import ClusterConfig
+from vmchannel_host.config.model import WIDEST, ClusterConfig
 from vmchannel_host.config.scalars import parse_count, parse_duration, parse_size
 from vmchannel_host.config.schema import HOST_SCHEMA
 from vmchannel_host.config.yaml_text import MAX_BYTES, MAX_DEPTH, Position, YamlError, parse_yaml
@@ -87,8 +88,10 @@ def test_the_installed_file_shows_the_defaults_and_says_standalone() -> None:
 
 def test_the_installed_file_names_every_key() -> None:
     text = INSTALLED.read_text()
-    keys = "host prefix byte_limit guest_byte_limit cache_buffers overrides raw sockets start groups members"
-    keys += " actions self evidence minority aliases quit_timeout timeout after_kill channels clients bus"
+    keys = "host prefix byte_limit guest_byte_limit cache_buffers overrides services raw sockets start groups"
+    keys += (
+        " members actions self evidence minority aliases quit_timeout timeout after_kill channels clients bus"
+    )
     keys += " standalone keep level state run"
     assert [key for key in keys.split() if f"{key}:" not in text] == []
 
@@ -103,6 +106,7 @@ ports:
   guest_byte_limit: 65536
   cache_buffers: false
   overrides: {{com.example.1: {{cache_buffers: true, byte_limit: 2MiB}}}}
+  services: {{org.example.clip: {{cache_buffers: false}}, org.example.log: {{guest_byte_limit: 64KiB}}}}
   raw: [org.qemu.guest_agent.0]
 hypervisors:
   - type: qmp
@@ -128,6 +132,10 @@ paths: {{state: /srv/state, run: /srv/run}}
     assert config.ports.prefix == "com.example."
     assert config.ports.limits == PortLimits(262144, 65536, False)
     assert config.ports.limits_of(PortName("com.example.1")) == PortLimits(2097152, 65536, True)
+    assert config.ports.services == {
+        "org.example.clip": replace(WIDEST, cache_buffers=False),
+        "org.example.log": replace(WIDEST, guest_byte_limit=65536),
+    }
     assert config.ports.limits_of(PortName("com.example.2")) == config.ports.limits
     assert config.ports.raw == ("org.qemu.guest_agent.0",)
     assert [one.sockets for one in config.hypervisors] == [("/run/a/*.sock", "/run/b.sock"), ("/run/c.sock",)]
@@ -296,6 +304,8 @@ def test_a_group_in_two_files_is_refused_with_both_places(files: Files) -> None:
         ("fencing: {timeout: 1s}", "1:20", ["quit_timeout (1s) leaves no time"]),
         ("ports: {byte_limit: 1MB}", "1:21", ["found '1MB'", "a size such as"]),
         ("ports: {byte_limit: 1KiB}", "1:21", ["expected 32KiB to 1GiB"]),
+        ("ports: {services: {'a b': {}}}", "1:20", ["'a b'", "a service's name"]),
+        ("ports: {services: {org.vmchannel.fence: {cache_buffers: false}}}", "1:20", ["is reserved"]),
         ("ports: {overrides: {com.x: {}}}", "1:21", ["overrides nothing", "'org.vmchannel.'"]),
         ("ports: {raw: [org.vmchannel.1]}", "1:15", ["it is served, and cannot be raw"]),
         ("ports: {prefix: a/b}", "1:17", ["a port name such as"]),
