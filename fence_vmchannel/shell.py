@@ -91,7 +91,7 @@ class Shell:
         """Something was queued or granted: `flush` is due. A shell with an event loop overrides this."""
 
     def kick_after(self, source: Shell) -> None:
-        """As `kick`, because of what `source` handles now. A shell with an event loop may wait for its end."""
+        """As `kick`, because of what `source` handles now. One with an event loop may wait for its end."""
         self.kick()
 
     def begin(self, link: Link) -> None:
