@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,7 +62,7 @@ class Endpoint(Shell):
         self._followers: dict[Endpoint, None] = {}  # have something to send after this turn, in this order
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Event | None = None  # somebody waits in `drain`
 
     def use(self, link: Link) -> asyncio.Future[str]:
         """Talk over `link` from now on, which is taken over; the future gets the reason when it has ended."""
@@ -81,7 +82,7 @@ class Endpoint(Shell):
         self._loop.remove_reader(link.fileno())
         self.finish(reason)
         self._arm()
-        self._moved.set()
+        self._tell_drain()
         if not ended.done():
             ended.set_result(reason)
 
@@ -104,6 +105,7 @@ class Endpoint(Shell):
         """Wait until all that is queued has been written to the link, at most `timeout_s` seconds."""
         deadline = self._loop.time() + timeout_s
         while self._link is not None and (self._turn is not None or not self.drained):
+            self._moved = self._moved or asyncio.Event()
             self._moved.clear()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -182,23 +184,26 @@ class Endpoint(Shell):
             if more:
                 self._run_soon()  # the other links come first
             self._arm()
-        self._moved.set()
+        self._tell_drain()
 
     def _arm(self) -> None:
-        due = self.connection.next_deadline()
-        if due is None:
-            return  # a timer that is set already fires for nothing, which is harmless
+        due = self.next_alarm()
         if self._timer is not None:
             if self._timer_due <= due:
-                return
+                return  # it fires early, and is set anew then
             self._timer.cancel()
+        if due == math.inf:
+            return
         self._timer_due = due
         self._timer = self._loop.call_later(max(0.0, due - self._clock()), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
-        due = self.connection.next_deadline()
-        if due is not None and due <= self._clock():
+        if self.next_alarm() <= self._clock():
             self._run()
         else:
             self._arm()
+
+    def _tell_drain(self) -> None:
+        if self._moved is not None:
+            self._moved.set()

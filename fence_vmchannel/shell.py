@@ -8,6 +8,7 @@ a channel's user, leaves it; the worst is the end of that link or channel.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar, assert_never
 
@@ -84,6 +85,7 @@ class Shell:
         self._refused = ""
         self._broken: LinkError | None = None  # nothing can be written any more; what came before is read
         self._handling = False
+        self._alarm = 0.0  # when the time is to be looked at, as of the last `next_alarm`
 
     # --- for who drives it ---
 
@@ -116,8 +118,7 @@ class Shell:
         """
         now = self._clock()
         more, ended = self._feed(now)
-        due = self.connection.next_deadline()
-        if due is not None and due <= now:
+        if now >= self._alarm:
             self.connection.handle_time(now)
         self._handle_events()
         ended = ended or (None if more else self._broken)
@@ -131,6 +132,14 @@ class Shell:
     def flush(self) -> bool:
         """Transmit what is queued and read nothing: all that is due after `kick`. True: a turn is due."""
         return self._try_to_transmit(self._clock())
+
+    def next_alarm(self) -> float:
+        """When a turn is due even if nothing comes, on the clock given; infinite: never. Ask after each turn
+        and flush.
+        """
+        due = self.connection.next_deadline()
+        self._alarm = math.inf if due is None else due
+        return self._alarm
 
     @property
     def linked(self) -> bool:
@@ -242,17 +251,20 @@ class Shell:
         return self._broken is not None
 
     def _transmit(self, now: float) -> None:
-        link = self._link
+        link, more = self._link, True
         while link is not None and self._up:
             if not self._unsent:
                 self._unsent = memoryview(self.connection.data_to_send(now))
                 if not self._unsent:
                     return
+                more = self.connection.more_to_send
             taken = link.send(self._unsent)
             if not taken:
                 return  # the link wakes us when it can take more
             self.sent_bytes += taken
             self._unsent = self._unsent[taken:]
+            if not self._unsent and not more:
+                return
 
     def _lower(self) -> None:
         self._unsent = memoryview(b"")  # the session sends again what was not acknowledged
@@ -267,16 +279,13 @@ class Shell:
         try:
             while events := self.connection.events():
                 for event in events:
-                    try:
-                        self._handle(event)
-                    except Exception:
-                        log.exception("peer %s: internal error on %s", self.peer, type(event).__name__)
+                    self._handle(event)
         finally:
             self._handling = False
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Data():
+            case Data():  # first, because most events are this
                 if user := self._users.get(event.channel):
                     self._tell(event.channel, user.on_data, event)
             case Granted():
@@ -291,7 +300,10 @@ class Shell:
             case ChannelOpened():
                 self._tell(event.channel, self.channel_opened, event)
             case Opened() | Unlinked() | Reset() | LinkRefused():
-                self._handle_session(event)
+                try:
+                    self._handle_session(event)
+                except Exception:
+                    log.exception("peer %s: internal error on %s", self.peer, type(event).__name__)
             case _:
                 assert_never(event)
 

@@ -59,8 +59,7 @@ class BlockingShell(Shell):
             HubUnreachable, LinkError: the connection (to a hub, over a port) ended first.
         """
         while (link := self._link) is not None:
-            due = self.connection.next_deadline()
-            read = self._stirred or (due is not None and due <= time.monotonic())
+            read = self._stirred or self.next_alarm() <= time.monotonic()
             try:
                 self._stirred = self.turn() if read else self.flush()
             except LinkError as error:
@@ -72,9 +71,8 @@ class BlockingShell(Shell):
             if now >= deadline:
                 why = f" ({self.detail})" if self.detail else ""
                 raise DeadlineExceeded(f"{what}: no answer from {self._where} in time{why}")
-            due = self.connection.next_deadline()
             if not self._stirred:
-                wait_for(link, (deadline if due is None else min(deadline, due)) - now)
+                wait_for(link, min(deadline, self.next_alarm()) - now)
                 self._stirred = True
         if not done():
             kind = HubUnreachable if self.peer.kind is PeerKind.LOCAL else LinkError

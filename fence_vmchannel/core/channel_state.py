@@ -234,38 +234,38 @@ class RoundRobin:
     """Deficit round robin among channels of one priority: each gets the same bytes, not the same frames."""
 
     def __init__(self) -> None:
-        self._ring: deque[Channel] = deque()
+        self.ring: deque[Channel] = deque()  # those that take part; the first one's turn is next
         self._members: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._ring)
+        return len(self.ring)
 
     def __iter__(self) -> Iterator[Channel]:
-        return iter(self._ring)
+        return iter(self.ring)
 
     def add(self, channel: Channel) -> None:
         """Let a channel take part; one that does already keeps its place."""
         if channel.number not in self._members:
             self._members.add(channel.number)
             channel.deficit = 0
-            self._ring.append(channel)
+            self.ring.append(channel)
 
     def retain(self, alive: Container[int]) -> None:
         """Forget the channels whose numbers are not among `alive`."""
-        self._ring = deque(channel for channel in self._ring if channel.number in alive)
-        self._members = {channel.number for channel in self._ring}
+        self.ring = deque(channel for channel in self.ring if channel.number in alive)
+        self._members = {channel.number for channel in self.ring}
 
     def clear(self) -> None:
         """Forget all channels."""
-        self._ring.clear()
+        self.ring.clear()
         self._members.clear()
 
     def next(self) -> Channel | None:
         """The channel whose turn it is, charged for its next frame; None if none has anything to send."""
-        ring = self._ring
+        ring = self.ring
         while ring:
             channel = ring[0]
-            if not channel.wants_to_send():
+            if not channel.queue and channel.close_code is None:  # nothing more to send
                 ring.popleft()
                 self._members.discard(channel.number)
                 continue

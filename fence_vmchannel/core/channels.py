@@ -94,9 +94,9 @@ class Multiplexer:
         self._admitted = 0  # the sum of all channels' `admitted`
         self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
         self._control: deque[tuple[FrameType, int]] = deque()
-        self._late: set[int] = set()  # channels whose CREDIT may wait for more to be granted
+        self.late: set[int] = set()  # channels whose CREDIT waits for more, or for `release_credit`
         self._refusals: deque[tuple[int, CloseCode, str]] = deque()
-        self._rings = {priority: RoundRobin() for priority in Priority}
+        self._rings = tuple(RoundRobin() for _ in Priority)  # by priority
         self._queued_bytes = 0
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class Multiplexer:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
         if not self._promise(channel, window):
             raise ServiceRefused(CloseCode.LIMIT, _FULL)
-        channel.receive_limit = channel.announced = window
+        channel.receive_limit = window
         channel.open_payload = payload
         self._next_number += 2
         self._channels[channel.number] = channel
@@ -136,7 +136,7 @@ class Multiplexer:
             self.close(number, CloseCode.LIMIT, _FULL)
             raise ServiceRefused(CloseCode.LIMIT, _FULL)
         channel.apply(ChannelInput.ACCEPT)
-        channel.receive_limit = channel.announced = window
+        channel.receive_limit = window
         channel.accept_payload = payload
         self._queue_control(FrameType.ACCEPT, channel)
 
@@ -194,18 +194,13 @@ class Multiplexer:
         channel.consumed = consumed
         channel.receive_limit = max(limit, channel.receive_limit)
         if lazily and 2 * (channel.announced - channel.received) > channel.window:
-            self._late.add(number)
+            self.late.add(number)
         else:
             self._queue_credit(channel)
 
-    @property
-    def credit_waits(self) -> bool:
-        """Whether credit was granted lazily, for which `release_credit` is to be called some time."""
-        return bool(self._late)
-
     def release_credit(self) -> None:
         """Send the credit that was granted lazily."""
-        for number in tuple(self._late):
+        for number in tuple(self.late):
             self._queue_credit(self._channels[number])
 
     def close(self, number: int, code: CloseCode, reason: str) -> None:
@@ -243,14 +238,18 @@ class Multiplexer:
         if self._refusals:
             number, code, reason = self._refusals.popleft()
             return FrameType.CLOSE, 0, number, _close_payload(code, reason)
-        frame = self._next_control(self._urgent)
+        frame = self._next_control(self._urgent) if self._urgent else None
         if frame is not None or in_flight >= FENCING_IN_FLIGHT:
             return frame
-        frame = self._next_data(Priority.CONTROL) or self._next_data(Priority.FENCING)
-        frame = frame or self._next_control(self._control)
+        control, fencing, normal = self._rings
+        frame = (self._next_data(control) if control.ring else None) or (
+            self._next_data(fencing) if fencing.ring else None
+        )
+        if frame is None and self._control:
+            frame = self._next_control(self._control)
         if frame is not None or in_flight > BULK_IN_FLIGHT - HEADER_BYTES - MAX_FRAGMENT:
             return frame
-        return self._next_data(Priority.NORMAL)
+        return self._next_data(normal) if normal.ring else None
 
     def confirm(self, number: int) -> None:
         """Our CLOSE or CANCEL of a channel has been acknowledged."""
@@ -278,10 +277,10 @@ class Multiplexer:
         for channel in survivors.values():
             self._queue_control(FrameType.OPEN, channel)
         self._refusals.clear()
-        self._late.clear()
+        self.late.clear()
         self._peer_highest = 0
         self._queued_bytes = 0
-        for ring in self._rings.values():
+        for ring in self._rings:
             ring.clear()
         return lost
 
@@ -291,7 +290,7 @@ class Multiplexer:
         (self._control if normal else self._urgent).append((kind, channel.number))
 
     def _queue_credit(self, channel: Channel) -> None:
-        self._late.discard(channel.number)
+        self.late.discard(channel.number)
         if not channel.credit_due:
             channel.credit_due = True
             self._queue_control(FrameType.CREDIT, channel)
@@ -313,9 +312,11 @@ class Multiplexer:
                 channel.apply(ChannelInput.OPEN_SENT)
                 target = _encode(channel.target)
                 payload, channel.open_payload = channel.open_payload, b""
+                channel.announced = channel.window
                 return _OPEN.pack(channel.priority, channel.window, len(target)) + target + payload
             case FrameType.ACCEPT:
                 payload, channel.accept_payload = channel.accept_payload, b""
+                channel.announced = channel.window
                 return _ACCEPT.pack(channel.window) + payload
             case FrameType.CREDIT:
                 channel.credit_due = False
@@ -329,8 +330,8 @@ class Multiplexer:
                 code, channel.close_code = channel.close_code, None
                 return _close_payload(code, channel.close_reason)
 
-    def _next_data(self, priority: Priority) -> Outgoing | None:
-        channel = self._rings[priority].next()
+    def _next_data(self, ring: RoundRobin) -> Outgoing | None:
+        channel = ring.next()
         if channel is None:
             return None
         kind, flags, payload = channel.pop()
@@ -597,7 +598,7 @@ class Multiplexer:
         """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
         without ever acknowledging would make the queues grow without end."""
         self._promised -= channel.promised
-        self._late.discard(channel.number)
+        self.late.discard(channel.number)
         self._admitted -= channel.admitted
         channel.close_code = None
         del self._channels[channel.number]
@@ -607,7 +608,7 @@ class Multiplexer:
                 alive = [entry for entry in queue if entry[1] in self._channels]
                 queue.clear()
                 queue.extend(alive)
-        for ring in self._rings.values():
+        for ring in self._rings:
             if len(ring) > 64 + 2 * len(self._channels):
                 ring.retain(self._channels)
 

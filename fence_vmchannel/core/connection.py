@@ -103,6 +103,11 @@ class Connection:
         """
         return self._session.data_to_send(now, max_bytes)
 
+    @property
+    def more_to_send(self) -> bool:
+        """False: another `data_to_send` right now would give b""."""
+        return self._session.more_to_send
+
     def next_deadline(self) -> float | None:
         """When to call `handle_time`, seconds on the caller's clock; None: never."""
         return self._session.next_deadline()
@@ -113,6 +118,8 @@ class Connection:
 
     def events(self) -> list[Event]:
         """What has happened since the last call, in order."""
+        if not self._events:
+            return []
         events = self._events.copy()
         self._events.clear()
         return events
@@ -222,7 +229,7 @@ class Connection:
         units).
 
         Numbers below those of an earlier call have no effect; a channel that is gone is ignored. `lazily`:
-        while more than half of the window is open the peer may learn of it later (20 ms), together with more:
+        while more than half of the window is open the peer may learn of it later (20 ms), together with more;
         for a final consumer, because one delay on the way is enough.
 
         Raises:

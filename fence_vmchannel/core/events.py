@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a `Connection` tells its shell: one frozen dataclass for each thing that can happen.
+"""What a `Connection` tells its shell: one immutable class for each thing that can happen.
+
+`Data` and `Granted` are named tuples, made in a third of a frozen dataclass's time: they come with each
+message.
 
 Offsets and windows are in cost units: each DATA frame costs its bytes plus `FRAME_COST`, so that a flood of
 empty messages is bounded like any other. Whoever consumes `Data` adds up `Data.cost` and passes the sum to
@@ -12,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from fence_vmchannel.errors import CloseCode
 
@@ -115,8 +119,7 @@ class ChannelAccepted:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """A fragment of a message, as it came."""
 
     channel: int
@@ -125,8 +128,7 @@ class Data:
     cost: int  # len(data) + FRAME_COST: what it takes from the window
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(NamedTuple):
     """The peer's consumer took all up to offset `delivered`, and may be sent up to `limit` (cost units)."""
 
     channel: int

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 MAGIC: Final = b"\xf5VMC"
@@ -155,19 +155,15 @@ class FrameDecoder:
         """Take received bytes; return each frame that is now whole, and each damage, in order."""
         if self.hopeless:
             return [Damage(len(data))] if data else []
-        buffer = self._buffer
-        if buffer:
-            buffer += data
-            if len(buffer) < self._need:
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._need:
                 return []
-            items: list[Frame | Damage] = []
-            del buffer[: self._parse(buffer, items)]
-            return items
+            data = self._buffer
         source = data if isinstance(data, bytes) else bytes(data)
-        items = []
+        items: list[Frame | Damage] = []
         used = self._parse(source, items)
-        if used < len(source):
-            buffer += source[used:] if used else source
+        self._buffer = bytearray(source[used:])
         return items
 
     @property
@@ -182,61 +178,58 @@ class FrameDecoder:
         payload until it is complete, are found. (So are frames that a message holds; their epoch is wrong.)
         """
         items: list[Frame | Damage] = []
-        del self._buffer[: self._parse(self._buffer, items, wait=False)]
+        source = bytes(self._buffer)
+        self._buffer = bytearray(source[self._parse(source, items, wait=False) :])
         return items
 
-    def _parse(self, source: bytes | bytearray, items: list[Frame | Damage], *, wait: bool = True) -> int:
+    def _parse(self, source: bytes, items: list[Frame | Damage], *, wait: bool = True) -> int:
         """Append what `source` holds to `items`; returns how many bytes are done with.
 
         Without `wait` a header whose payload is not all there is taken for damage.
         """
         at = 0
-        with memoryview(source) as view:
-            while True:
-                start = self._find_magic(source, at)
-                if start > at:
-                    _add_damage(items, start - at)
-                    at = start
-                if len(source) - at < HEADER_BYTES:
-                    self._need = HEADER_BYTES
-                    return at
-                length = self._check_header(view, at)
-                end = at + HEADER_BYTES + length
-                if length < 0 or (end > len(source) and not wait):  # go on behind its first byte
-                    _add_damage(items, 1)
-                    at += 1
-                    if self.hopeless:
-                        _add_damage(items, len(source) - at)
-                        return len(source)
-                    continue
-                if end > len(source):
-                    self._need = end - at
-                    return at
-                frame = _read_frame(view, at, end)
-                if frame is None:
-                    # The header vouches for the length: skip the whole frame. Looking for frames inside a
-                    # damaged payload would let a sender make us checksum the same bytes a thousand times.
-                    _add_damage(items, end - at)
-                else:
-                    self._bad_headers = 0
-                    items.append(frame)
-                at = end
+        while True:
+            start = at if source.startswith(MAGIC, at) else self._find_magic(source, at)
+            if start > at:
+                _add_damage(items, start - at)
+                at = start
+            if len(source) - at < HEADER_BYTES:
+                self._need = HEADER_BYTES
+                return at
+            header = _HEADER.unpack_from(source, at)
+            end = at + HEADER_BYTES + self._payload_bytes(source, at, header)
+            if end < at + HEADER_BYTES or (end > len(source) and not wait):  # go on behind its first byte
+                _add_damage(items, 1)
+                at += 1
+                if self.hopeless:
+                    _add_damage(items, len(source) - at)
+                    return len(source)
+                continue
+            if end > len(source):
+                self._need = end - at
+                return at
+            frame = _read_frame(source, at, end, header)
+            if frame is None:
+                # The header vouches for the length: skip the whole frame. Looking for frames inside a
+                # damaged payload would let a sender make us checksum the same bytes a thousand times.
+                _add_damage(items, end - at)
+            else:
+                self._bad_headers = 0
+                items.append(frame)
+            at = end
 
-    def _check_header(self, view: memoryview, at: int) -> int:
+    def _payload_bytes(self, source: bytes, at: int, header: tuple[Any, ...]) -> int:
         """The payload length that the header at `at` states, or -1 if it is no header."""
-        (length,) = _CRC.unpack_from(view, at + 12)
-        (crc,) = _CRC.unpack_from(view, at + _CRC_AT)
-        if length <= MAX_PAYLOAD and crc32(view[at : at + _CRC_AT]) == crc:
+        length, crc = header[5], header[-1]
+        if length <= MAX_PAYLOAD and crc32(source[at : at + _CRC_AT]) == crc:
             return int(length)
         self._bad_headers += 1
         self.hopeless = self._bad_headers >= MAX_BAD_HEADERS
         return -1
 
     @staticmethod
-    def _find_magic(source: bytes | bytearray, at: int) -> int:
+    def _find_magic(source: bytes, at: int) -> int:
         """Where the next magic begins, or what could become one at the very end, or the end."""
-        if source.startswith(MAGIC, at):
-            return at
         found = source.find(MAGIC, at)
         if found >= 0:
             return found
@@ -246,26 +239,12 @@ class FrameDecoder:
         return len(source)
 
 
-def _read_frame(view: memoryview, at: int, end: int) -> Frame | None:
-    (
-        _magic,
-        version,
-        kind,
-        flags,
-        channel,
-        _length,
-        sequence,
-        payload_crc,
-        epoch,
-        ack,
-        ack_check,
-        tick,
-        _crc,
-    ) = _HEADER.unpack_from(view, at)
-    payload = bytes(view[at + HEADER_BYTES : end])
+def _read_frame(source: bytes, at: int, end: int, header: tuple[Any, ...]) -> Frame | None:
+    _, version, kind, flags, channel, _, sequence, payload_crc, epoch, ack, ack_check, tick, _ = header
+    payload = source[at + HEADER_BYTES : end]
     if crc32(payload) != payload_crc:
         return None
-    identity = bytes(view[at + 4 : at + 4 + IDENTITY_BYTES])
+    identity = source[at + 4 : at + 4 + IDENTITY_BYTES]
     return Frame(version, kind, flags, channel, sequence, epoch, ack, ack_check, tick, payload, identity)
 
 

@@ -36,19 +36,11 @@ class Outbox:
     def __init__(self, acknowledged: int = 0, check: int = 0) -> None:
         self.acknowledged = acknowledged
         self.acknowledged_check = check
+        self.sent = acknowledged  # the last sequence given out
+        self.sent_check = check  # the running checksum there
         self.in_flight = 0  # bytes of all frames held here
         self._frames: deque[Sent] = deque()
         self._transmitted = 0  # how many of `_frames` have gone out on this link
-
-    @property
-    def sent(self) -> int:
-        """The last sequence given out."""
-        return self._frames[-1].sequence if self._frames else self.acknowledged
-
-    @property
-    def sent_check(self) -> int:
-        """The running checksum at `sent`."""
-        return self._frames[-1].check if self._frames else self.acknowledged_check
 
     @property
     def transmitted(self) -> int:
@@ -66,9 +58,10 @@ class Outbox:
 
     def add(self, version: int, kind: int, flags: int, channel: int, payload: bytes) -> Sent:
         """Give a frame its sequence number."""
-        sequence = self.sent + 1
-        identity = pack_identity(version, kind, flags, channel, sequence, payload)
-        sent = Sent(sequence, kind, channel, identity, payload, crc32(identity, self.sent_check))
+        self.sent += 1
+        identity = pack_identity(version, kind, flags, channel, self.sent, payload)
+        self.sent_check = crc32(identity, self.sent_check)
+        sent = Sent(self.sent, kind, channel, identity, payload, self.sent_check)
         self._frames.append(sent)
         self.in_flight += HEADER_BYTES + len(payload)
         return sent

@@ -93,6 +93,7 @@ class Session:
         self.channels = channels
         self._events = events
         self._decoder = FrameDecoder()
+        self._deaf = True  # what comes does not count: no link, or one that is of no use
         self._epoch = 0  # of the frames that count; 0: none do
         self._nonce = 0  # HOST: issued, not yet echoed; GUEST: the one answered
         self._hello: Hello | None = None  # HOST, WELCOMING: what we answer
@@ -103,6 +104,7 @@ class Session:
         self._error = b""  # REFUSED: the ERROR frame still to send
         self._greeting_due = False  # the frame of the present greeting state is to be sent
         self._told_open = False  # the last of Opened, Unlinked and Reset was Opened
+        self.more_to_send = False  # as of the last `data_to_send`
         self._ack_due = False
         self._unacknowledged_bytes = 0  # received since our last acknowledgement
         self._timers = Timers()
@@ -132,7 +134,7 @@ class Session:
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
         """Take received bytes."""
-        if self.state in _DEAF:
+        if self._deaf:
             return
         items = self._decoder.feed(data)
         if not self._decoder.pending:
@@ -143,7 +145,7 @@ class Session:
 
     def _take(self, items: list[Frame | Damage], now: float) -> None:
         for item in items:
-            if self.state in _DEAF:
+            if self._deaf:
                 return
             if isinstance(item, Damage):
                 self._damaged(item, now)
@@ -158,6 +160,7 @@ class Session:
 
     def data_to_send(self, now: float, max_bytes: int) -> bytes:
         """The next bytes for the link."""
+        self.more_to_send = False
         if self.role is Role.HOST:
             self.tick = int(now * 1000)
         if self.state is SessionState.OPEN:
@@ -280,11 +283,12 @@ class Session:
                 sent = outbox.add(self.version, *frame)
             size += HEADER_BYTES + len(sent.payload)
             if parts and size > max_bytes:
+                self.more_to_send = True
                 break
             parts.append(pack_header(sent.identity, self._epoch, inbox.received, inbox.check, self.tick))
             parts.append(sent.payload)
             outbox.advance()
-        if self._timers.credit_at is None and self.channels.credit_waits:
+        if self.channels.late and self._timers.credit_at is None:
             self._timers.credit_at = now + self._timers.CREDIT_DELAY_S
         if parts:
             self._timers.transmitted(now)
@@ -570,3 +574,4 @@ class Session:
 
     def _move(self, what: SessionInput) -> None:
         self.state = next_state(self.role, self.state, what)
+        self._deaf = self.state in _DEAF
