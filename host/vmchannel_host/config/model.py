@@ -152,6 +152,7 @@ class LimitsConfig:
 
     channels: int = 1024  # open channels of one peer
     clients: int = 256  # local applications connected at a time
+    requests: int = 250  # channels and messages of one VM to the fence service, a second
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,11 @@ HOST_SCHEMA: Schema = _section(
             }
         ),
         "limits": _section(
-            {"channels": _scalar("count", "16", "65535"), "clients": _scalar("count", "4", "65535")}
+            {
+                "channels": _scalar("count", "16", "65535"),
+                "clients": _scalar("count", "4", "65535"),
+                "requests": _scalar("count", "10", "1000000"),
+            }
         ),
         "cluster": _section(
             {
