@@ -84,7 +84,7 @@ class PortLimits:
         return min(self.byte_limit, self.guest_byte_limit)
 
 
-WIDEST: Final = PortLimits(1024 * _MIB, 1024 * _MIB)
+WIDEST: Final = PortLimits(4 * _MIB, 4 * _MIB)
 """What narrows nothing: the defaults of one service's entry."""
 
 

@@ -302,7 +302,7 @@ def test_a_group_in_two_files_is_refused_with_both_places(files: Files) -> None:
         ("fencing: {quit_timeout: 40s}", "1:25", ["leaves no time for the kill within timeout (40s)"]),
         ("fencing: {timeout: 1s}", "1:20", ["quit_timeout (1s) leaves no time"]),
         ("ports: {byte_limit: 1MB}", "1:21", ["found '1MB'", "a size such as"]),
-        ("ports: {byte_limit: 1KiB}", "1:21", ["expected 32KiB to 1GiB"]),
+        ("ports: {byte_limit: 1KiB}", "1:21", ["expected 32KiB to 4MiB"]),
         ("ports: {services: {'a b': {}}}", "1:20", ["'a b'", "a service's name"]),
         ("ports: {services: {org.vmchannel.fence: {cache_buffers: false}}}", "1:20", ["is reserved"]),
         ("ports: {overrides: {com.x: {}}}", "1:21", ["overrides nothing", "'org.vmchannel.'"]),
