@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar, assert_never
 
 from fence_vmchannel.core.connection import Connection
@@ -178,6 +178,10 @@ class Shell:
         users, self._users = self._users, {}
         for channel, user in users.items():
             self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
+
+    def users(self) -> Iterator[tuple[int, ChannelUser]]:
+        """The channels that somebody uses, with their users."""
+        yield from self._users.items()
 
     def abandon(self, keeps: Callable[[str], bool]) -> None:
         """The peer is away: end the NORMAL channels to services that `keeps` does not name, and tell their

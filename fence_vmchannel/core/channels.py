@@ -229,6 +229,17 @@ class Multiplexer:
                 self.abort(channel.number, code, reason)
         return lost
 
+    def room(self, target: str, window: int) -> tuple[int, int, int]:
+        """See `Connection.room`."""
+        channels = max(0, self._limits.channels - len(self._channels))
+        cost = max(MIN_WINDOW, min(window, self._most(target, Priority.NORMAL)))
+        return channels, self._room(self._promised, Priority.NORMAL), cost
+
+    def promised(self, number: int) -> int:
+        """See `Connection.promised`."""
+        channel = self._channels.get(number)
+        return channel.promised if channel is not None else 0
+
     # --- the session's side: sending ---
 
     def next_frame(self, in_flight: int) -> Outgoing | None:

@@ -255,6 +255,15 @@ class Connection:
         """
         return self._channels.abandon(keeps, code, reason)
 
+    def room(self, target: str, window: int) -> tuple[int, int, int]:
+        """Channels and bytes of windows that are left for NORMAL channels of ours, and how many bytes one to
+        `target` with such a window would take."""
+        return self._channels.room(target, window)
+
+    def promised(self, channel: int) -> int:
+        """What a channel has of the session's bytes for what may come; 0 if it is gone."""
+        return self._channels.promised(channel)
+
     # --- hand-over ---
 
     def export_state(self) -> bytes:

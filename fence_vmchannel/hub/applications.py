@@ -26,6 +26,7 @@ from fence_vmchannel.hub.local_protocol import (
     encode_local,
 )
 from fence_vmchannel.hub.router import Router
+from fence_vmchannel.hub.shares import ClientPlaces
 from fence_vmchannel.hub.watch import Watch
 from fence_vmchannel.links.local import LocalListener
 from fence_vmchannel.links.stream import SocketLink
@@ -33,9 +34,6 @@ from fence_vmchannel.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
-
-_ROOT_RESERVE: Final = 8
-"""Of the places for clients, how many only root gets: other users cannot keep the fence agent out."""
 
 MAX_QUERIES: Final = 16
 """Status and watch queries of one application that may be open: each holds a queue of events."""
@@ -60,7 +58,7 @@ class LocalServer:
     ) -> None:
         self._listener = listener
         self._make = make
-        self._max_clients = max_clients
+        self._places = ClientPlaces(max_clients)
         self._clients: set[Endpoint] = set()
         self._noise = RateLimitedLog(log, clock=clock)
         self._loop = asyncio.get_running_loop()
@@ -100,8 +98,7 @@ class LocalServer:
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _admit(self, sock: socket.socket, who: Credentials) -> None:
-        places = self._max_clients if who.uid == 0 else self._max_clients - _ROOT_RESERVE
-        if len(self._clients) >= places:
+        if not self._places.enter(who.uid):
             self._noise.warning(
                 "%s: %s turned away: %d clients", self._listener.path, who, len(self._clients)
             )
@@ -110,13 +107,15 @@ class LocalServer:
         try:
             link = SocketLink(sock, f"client {who}")
         except OSError:
+            self._places.leave(who.uid)
             sock.close()
             raise
         endpoint = self._make(who)
         self._clients.add(endpoint)
-        endpoint.use(link).add_done_callback(lambda _: self._leave(endpoint))
+        endpoint.use(link).add_done_callback(lambda _: self._leave(endpoint, who))
 
-    def _leave(self, endpoint: Endpoint) -> None:
+    def _leave(self, endpoint: Endpoint, who: Credentials) -> None:
+        self._places.leave(who.uid)
         self._clients.discard(endpoint)
         endpoint.stop(CloseCode.PEER_GONE, "the application has disconnected")
 

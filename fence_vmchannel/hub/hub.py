@@ -77,7 +77,7 @@ class Hub:
             access: which local users may open and offer what.
             terms: of each peer that is attached without its own.
             local_limits: of each local application's connection.
-            max_clients: local applications at once; a few places are root's.
+            max_clients: local applications at once; some places are root's, and no other user gets the rest.
             default_peer: where an address without a peer leads; "host" in a guest, nowhere on a host.
             priorities: of services, by name; all others are NORMAL.
             clock: seconds; what the sessions' ticks and deadlines mean.

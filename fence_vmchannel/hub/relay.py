@@ -9,6 +9,7 @@ can deadlock here: the hub never waits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fence_vmchannel.core.events import ChannelAccepted, ChannelOpened, Closed, Data, Granted, Priority
@@ -38,6 +39,13 @@ def relay(
     inward.other, outward.other = outward, inward
     outward.channel = target.open(service, outward, window=event.window, priority=priority, payload=payload)
     source.adopt(event.channel, inward)
+
+
+def relayed(target: Shell) -> Iterator[tuple[int, Shell]]:
+    """The channels that were passed on to `target` or from it, each with the shell at its other side."""
+    for channel, user in target.users():
+        if isinstance(user, _Leg) and user.other is not None:
+            yield channel, user.other.endpoint
 
 
 @dataclass(slots=True, eq=False)

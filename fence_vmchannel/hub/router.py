@@ -20,8 +20,9 @@ from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelError, CloseCode, LocalProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubEvent, ServiceOffered, ServiceWithdrawn
 from fence_vmchannel.hub.local_protocol import Origin, encode_local
-from fence_vmchannel.hub.relay import relay
+from fence_vmchannel.hub.relay import relay, relayed
 from fence_vmchannel.hub.serving import Handler, serve_channel
+from fence_vmchannel.hub.shares import may_take, owner
 from fence_vmchannel.logs import RateLimitedLog, quoted
 
 log = logging.getLogger(__name__)
@@ -151,8 +152,7 @@ class Router:
         if who is None or not self._access.may_open(address.service, who):
             raise ServiceRefused(CloseCode.NOT_PERMITTED, _not_permitted(address.service, who))
         target = self._peers.find(address)
-        priority = self.priority(address.service)
-        relay(endpoint, event, target, address.service, payload=event.payload, priority=priority)
+        self._pass_on(endpoint, event, target, address.service, event.payload)
 
     def _hand_over(self, endpoint: Endpoint, event: ChannelOpened, service: Service) -> None:
         if isinstance(service, OwnService):
@@ -162,16 +162,30 @@ class Router:
         peer = endpoint.peer
         origin = Origin(peer.name, peer.port, peer.kind.value, event.payload, peer.key)
         try:
-            relay(
-                endpoint,
-                event,
-                service.endpoint,
-                event.target,
-                payload=encode_local(origin),
-                priority=self.priority(event.target),
-            )
+            self._pass_on(endpoint, event, service.endpoint, event.target, encode_local(origin))
         except ChannelError as error:
             self._refuse(endpoint, event, CloseCode.LIMIT, str(error))
+
+    def _pass_on(
+        self, source: Endpoint, event: ChannelOpened, target: Endpoint, service: str, payload: bytes
+    ) -> None:
+        """Relay the channel, unless its opener holds his share of the target already. Fences have no shares.
+
+        Raises:
+            ChannelError: it cannot be opened there.
+        """
+        priority = self.priority(service)
+        who = owner(source.peer)
+        if priority is Priority.NORMAL and who is not None:
+            held = [channel for channel, other in relayed(target) if owner(other.peer) == who]
+            size = sum(map(target.connection.promised, held))
+            channels, room, cost = target.connection.room(service, event.window)
+            if not may_take(1, held=len(held), free=channels) or not may_take(cost, held=size, free=room):
+                share = f"{len(held)} channels with windows of {size} bytes"
+                raise ServiceRefused(
+                    CloseCode.LIMIT, f"{source.peer} holds {share} there, which is his share"
+                )
+        relay(source, event, target, service, payload=payload, priority=priority)
 
     def _refuse(self, endpoint: Endpoint, event: ChannelOpened, code: CloseCode, reason: str) -> None:
         self._noise.warning(

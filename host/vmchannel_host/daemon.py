@@ -50,6 +50,7 @@ from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import VmUuid
 from vmchannel_host.notify import Notifier
+from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
 from vmchannel_host.port_terms import terms_of_port
@@ -220,7 +221,8 @@ class Daemon:
             )
             reporter = Reporter(self._registry, ports, core.service, core.feed, self._parts.wall_clock)
             core.instances.subscribe(reporter.on_instance)
-            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest).serve)
+            pace = Pace(self._settings.config.limits.requests, self._parts.clock)
+            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, pace).serve)
             returned = ReturnedMemory(journal, hub.status, partial(self._destroy, core.answers), core.tasks)
             followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
             await self._serve(core, hub, self._build_admin(core, hub, ports), followers)

@@ -32,6 +32,7 @@ from vmchannel_host.fencing.service import FenceService, ProgressSink
 from vmchannel_host.fencing.turns import Turns
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import VmUuid
+from vmchannel_host.pace import Pace
 from vmchannel_host.vm_ports import VmPort
 
 _log = BoundLogger(logging.getLogger(__name__), {})
@@ -63,10 +64,13 @@ class Answers(Protocol):
 class FenceChannels:
     """Serves the channels of the fence service, one `serve` each."""
 
-    def __init__(self, service: Answers, on_guest: Callable[[Requester], None]) -> None:
-        """`on_guest` is told who has opened a channel, before anything is read from it."""
+    def __init__(self, service: Answers, on_guest: Callable[[Requester], None], pace: Pace) -> None:
+        """`on_guest` is told who has opened a channel, before anything is read from it. `pace` counts each
+        VM's channels and messages: who is too fast is read later, and his deadlines do not wait.
+        """
         self._service = service
         self._on_guest = on_guest
+        self._pace = pace
         self._open: Counter[VmUuid | None] = Counter()  # channels by VM
         self._turns = Turns()
         self._log_limit = RateLimiter()
@@ -88,6 +92,7 @@ class FenceChannels:
                 del self._open[requester.vm]
 
     async def _serve(self, channel: Channel, requester: Requester) -> None:
+        await self._pace.turn(requester.vm)
         self._on_guest(requester)
         await channel.accept(encode(self._service.greeting(requester)))
         progress: asyncio.Queue[FenceProgress] = asyncio.Queue(MAX_PROGRESS)
@@ -96,6 +101,7 @@ class FenceChannels:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_send_progress(channel, progress), name="fence progress")
                 while (message := await channel.receive()) is not None:
+                    await self._pace.turn(requester.vm)
                     await free.acquire()
                     tasks.create_task(
                         self._handle(channel, requester, decode_message(message), progress, free),

@@ -98,10 +98,11 @@ async def hub_pair(
     max_clients: int = 256,
     limits: Limits | None = None,
     terms: PeerTerms | None = None,
+    guest_terms: PeerTerms | None = None,
     local_limits: Limits = LOCAL_LIMITS,
     mode: int = 0o660,
 ) -> AsyncGenerator[HubPair]:
-    """Run both hubs, connected. `terms` are those of both; else `limits` are."""
+    """Run both hubs, connected. `terms` are those of both, else `limits`; `guest_terms` the guest's."""
     port = FakePort()
     terms = terms or PeerTerms(limits or Limits())
     guest = Hub(
@@ -109,7 +110,7 @@ async def hub_pair(
         access=guest_access or AccessRules(),
         default_peer=HOST_PEER,
         max_clients=max_clients,
-        terms=terms,
+        terms=guest_terms or terms,
         local_limits=local_limits,
     )
     host = Hub(PeerIdentity("host-boot", "test host"), terms=terms, local_limits=local_limits)

@@ -133,6 +133,7 @@ def _limits(tree: Value) -> LimitsConfig:
     return LimitsConfig(
         channels=_get(tree, "channels", parse_count, plain.channels),
         clients=_get(tree, "clients", parse_count, plain.clients),
+        requests=_get(tree, "requests", parse_count, plain.requests),
     )
 
 

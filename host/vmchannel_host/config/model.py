@@ -84,7 +84,7 @@ class PortLimits:
         return min(self.byte_limit, self.guest_byte_limit)
 
 
-WIDEST: Final = PortLimits(1024 * _MIB, 1024 * _MIB)
+WIDEST: Final = PortLimits(4 * _MIB, 4 * _MIB)
 """What narrows nothing: the defaults of one service's entry."""
 
 
@@ -152,6 +152,7 @@ class LimitsConfig:
 
     channels: int = 1024  # open channels of one peer
     clients: int = 256  # local applications connected at a time
+    requests: int = 250  # channels and messages of one VM to the fence service, a second
 
 
 @dataclass(frozen=True, slots=True)

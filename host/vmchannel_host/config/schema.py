@@ -91,8 +91,8 @@ def _enum(words: Iterable[str]) -> Schema:
 
 _BOOLEAN: Schema = {"type": "boolean"}
 _LIMITS: Mapping[str, Schema] = {
-    "byte_limit": _scalar("size", "32KiB", "1GiB"),
-    "guest_byte_limit": _scalar("size", "32KiB", "1GiB"),
+    "byte_limit": _scalar("size", "32KiB", "4MiB"),  # more is cut by the limits of an application
+    "guest_byte_limit": _scalar("size", "32KiB", "4MiB"),
     "cache_buffers": _BOOLEAN,
 }
 _GROUP: Schema = _section(
@@ -163,7 +163,11 @@ HOST_SCHEMA: Schema = _section(
             }
         ),
         "limits": _section(
-            {"channels": _scalar("count", "16", "65535"), "clients": _scalar("count", "4", "65535")}
+            {
+                "channels": _scalar("count", "16", "65535"),
+                "clients": _scalar("count", "4", "65535"),
+                "requests": _scalar("count", "10", "1000000"),
+            }
         ),
         "cluster": _section(
             {

@@ -15,7 +15,7 @@ from fence_vmchannel.channel import Channel
 from fence_vmchannel.errors import ChannelClosed, CloseCode, ServiceRefused
 from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.messages import FENCE_SERVICE
-from tests.fakes.hub_pair import HubPair, hub_pair, next_event
+from tests.fakes.hub_pair import HubPair, eventually, hub_pair, next_event
 
 NOTHING_KEPT = PeerTerms(keep=False)
 CLIPBOARD_NOT_KEPT = PeerTerms(not_kept=frozenset({"org.example.clipboard", FENCE_SERVICE}))
@@ -123,6 +123,29 @@ async def test_a_host_application_is_told_when_its_guest_is_away(tmp_path: Path)
             with pytest.raises(ChannelClosed) as told:
                 await asyncio.wait_for(channel.receive(), 5)
             assert told.value.code is CloseCode.PEER_GONE
+
+
+async def test_a_guest_that_knows_nothing_of_it_is_told_when_the_link_is_back(tmp_path: Path) -> None:
+    got: list[bytes] = []
+
+    async def read(channel: Channel) -> None:
+        while (message := await channel.receive()) is not None:
+            got.append(message)
+
+    async with (
+        hub_pair(tmp_path, terms=NOTHING_KEPT, guest_terms=PeerTerms()) as pair,
+        connect(pair.guest_path) as client,
+    ):
+        pair.host.offer("org.example.read", read)
+        channel = await client.open("org.example.read", timeout_s=5)
+        async with host_away(pair):
+            await channel.send(b"too late")
+        with pytest.raises(ChannelClosed) as told:
+            await asyncio.wait_for(channel.receive(), 5)
+        assert told.value.code is CloseCode.PEER_GONE
+        again = await client.open("org.example.read", timeout_s=5)
+        await again.send(b"in time")
+        assert await eventually(lambda: got == [b"in time"])
 
 
 async def test_without_it_everything_waits(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import os
 import random
 import socket
 import struct
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from fence_vmchannel.messages import (
     FENCE_SERVICE,
     Announce,
     AnnounceAnswer,
+    FenceAction,
     FenceAnswer,
     FenceCode,
     FenceGreeting,
@@ -41,13 +44,18 @@ from vmchannel_host.fence_channel import MAX_CHANNELS, FenceChannels
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
 from vmchannel_host.model import BootId, Port, PortName, ProcessIdentity, VmUuid
+from vmchannel_host.pace import Pace
 from vmchannel_host.vm_ports import VmPort
 
+ENDLESS = Pace(1e9, time.monotonic)
 HONEST = replace(VM, name="vm2", key="0b2c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d22")
 
 
 class Answers:
     """A fence service that knows no VM."""
+
+    def __init__(self) -> None:
+        self.asked = Counter[str]()  # by VM
 
     def greeting(self, requester: Requester) -> FenceGreeting:
         return FenceGreeting("hv1", "host-boot", 1, requester.vm or "", requester.name)
@@ -55,6 +63,7 @@ class Answers:
     async def answer(
         self, request: FenceRequest, requester: Requester, progress: ProgressSink | None = None
     ) -> FenceAnswer:
+        self.asked[requester.name] += 1
         return FenceAnswer(
             request.request_id, False, FenceCode.UNKNOWN_PLUG, PowerState.UNKNOWN, "hv1", "no such VM"
         )
@@ -83,6 +92,7 @@ class Scene:
     hub: Hub
     honest: Hub
     qemu: socket.socket
+    answers: Answers
 
     async def guest(self) -> RawGuest:
         """The attacker, on the hub's next connection."""
@@ -96,7 +106,7 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
-async def scene(directory: Path) -> AsyncGenerator[Scene]:
+async def scene(directory: Path, pace: Pace | None = None) -> AsyncGenerator[Scene]:
     path = str(directory / "port.sock")
     qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     qemu.bind(path)
@@ -110,12 +120,13 @@ async def scene(directory: Path) -> AsyncGenerator[Scene]:
             Hub(PeerIdentity("honest-boot", "honest"), default_peer=HOST_PEER) as honest,
         ):
             hub.offer("org.example.echo", echo)
-            hub.offer(FENCE_SERVICE, FenceChannels(Answers(), lambda _: None).serve)
+            answers = Answers()
+            hub.offer(FENCE_SERVICE, FenceChannels(answers, lambda _: None, pace or ENDLESS).serve)
             hub.attach(replace(VM, kind=PeerKind.VM, info=port), ChardevConnector(path, trust))
             hub.attach(HONEST, fake.host)
             honest.attach(HOST, fake.guest, role=Role.GUEST)
             assert await eventually(lambda: honest.status().peers[0].connected)
-            yield Scene(hub, honest, qemu)
+            yield Scene(hub, honest, qemu, answers)
     finally:
         fake.close()
         qemu.close()
@@ -166,6 +177,23 @@ async def test_bad_messages_and_new_sessions_in_a_loop_do_not_fill_the_log(
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) < 40
     assert not [line for line in lines if not line.isprintable()]
+
+
+async def test_a_guest_that_asks_too_fast_is_read_later_and_the_others_are_served(tmp_path: Path) -> None:
+    four_in_an_hour = Pace(0.001, time.monotonic, burst_s=4_000)
+    async with scene(tmp_path, four_in_an_hour) as stage:
+        guest = await stage.guest()
+        await guest.greet()
+        guest.send(FrameType.OPEN, opening(FENCE_SERVICE), channel=1)
+        assert (await guest.answer(1)).type == FrameType.ACCEPT
+        for number in range(8):
+            request = FenceRequest(bytes([number]) * 16, FenceAction.STATUS, "vm2", "host-boot", 1, 1_000)
+            guest.send(FrameType.DATA, encode_message(request), channel=1)
+        for _ in range(3):
+            await guest.expect(FrameType.DATA)
+        await stage.honest_is_served()
+        assert stage.answers.asked == {VM.name: 3}
+        await guest.close()
 
 
 async def test_the_largest_and_the_strangest_messages_end_their_channel_only(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ STALLED = 7
 """Channels whose readers grant 1 GiB and read nothing. Without limits the hubs take 4 MiB of each."""
 
 MARGIN = 10 * MIB
-"""What the hubs' memory may grow from idle: 7 times the limit is 1.75 MiB, and the rest is for the sockets'
-and the interpreter's own buffers (measured: 1.5 MiB in all)."""
+"""What the hubs' memory may grow from idle: 7 times the limit is 1.75 MiB, and the rest is for the buffers of
+sockets and interpreter (measured: 1.5 MiB in all)."""
 
 DRIFT = 4 * MIB
 """What it may grow while 48 MiB more pass through beside the stalled channels."""

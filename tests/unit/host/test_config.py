@@ -26,7 +26,7 @@ from vmchannel_host.config.loading import (
     check_config,
     load_config,
 )
-from vmchannel_host.config.model import WIDEST, ClusterConfig
+from vmchannel_host.config.model import WIDEST, ClusterConfig, LimitsConfig
 from vmchannel_host.config.scalars import parse_count, parse_duration, parse_size
 from vmchannel_host.config.schema import HOST_SCHEMA
 from vmchannel_host.config.yaml_text import MAX_BYTES, MAX_DEPTH, Position, YamlError, parse_yaml
@@ -89,9 +89,8 @@ def test_the_installed_file_shows_the_defaults_and_says_standalone() -> None:
 def test_the_installed_file_names_every_key() -> None:
     text = INSTALLED.read_text()
     keys = "host prefix byte_limit guest_byte_limit cache_buffers overrides services raw sockets start groups"
-    keys += (
-        " members actions self evidence minority aliases quit_timeout timeout after_kill channels clients bus"
-    )
+    keys += " members actions self evidence minority aliases quit_timeout timeout after_kill channels clients"
+    keys += " requests bus"
     keys += " standalone keep level state run"
     assert [key for key in keys.split() if f"{key}:" not in text] == []
 
@@ -121,7 +120,7 @@ policy:
   minority: sole
 aliases: {{node1: vm1, node2: {VM1.upper()}}}
 fencing: {{quit_timeout: 250ms, timeout: 2min, after_kill: accept}}
-limits: {{channels: 64, clients: 16}}
+limits: {{channels: 64, clients: 16, requests: 1000}}
 cluster: {{bus: local, standalone: true}}
 journal: {{keep: 30d}}
 log: {{level: debug}}
@@ -150,7 +149,7 @@ paths: {{state: /srv/state, run: /srv/run}}
     assert config.aliases == {"node1": "vm1", "node2": VM1}
     assert (config.fencing.quit_timeout_s, config.fencing.timeout_s) == (0.25, 120.0)
     assert config.fencing.after_kill is AfterKill.ACCEPT
-    assert (config.limits.channels, config.limits.clients) == (64, 16)
+    assert config.limits == LimitsConfig(channels=64, clients=16, requests=1000)
     assert config.cluster == ClusterConfig(BusKind.LOCAL, standalone=True)
     assert config.journal.keep_s == 30 * 86_400
     assert config.log.level is LogLevel.DEBUG
@@ -303,7 +302,7 @@ def test_a_group_in_two_files_is_refused_with_both_places(files: Files) -> None:
         ("fencing: {quit_timeout: 40s}", "1:25", ["leaves no time for the kill within timeout (40s)"]),
         ("fencing: {timeout: 1s}", "1:20", ["quit_timeout (1s) leaves no time"]),
         ("ports: {byte_limit: 1MB}", "1:21", ["found '1MB'", "a size such as"]),
-        ("ports: {byte_limit: 1KiB}", "1:21", ["expected 32KiB to 1GiB"]),
+        ("ports: {byte_limit: 1KiB}", "1:21", ["expected 32KiB to 4MiB"]),
         ("ports: {services: {'a b': {}}}", "1:20", ["'a b'", "a service's name"]),
         ("ports: {services: {org.vmchannel.fence: {cache_buffers: false}}}", "1:20", ["is reserved"]),
         ("ports: {overrides: {com.x: {}}}", "1:21", ["overrides nothing", "'org.vmchannel.'"]),
