@@ -38,8 +38,22 @@ class Pace:
         self._paid_until[who] = until
         return max(0.0, until - now - self._burst_s)
 
-    async def turn(self, who: Hashable) -> None:
-        """Wait until `who` may go on."""
+    def take(self, who: Hashable) -> float:
+        """Count one more of `who` if he need not wait, and return 0; else return how long he would, seconds."""
+        before = self._paid_until.get(who)
         wait_s = self.wait_s(who)
-        if wait_s:
+        if wait_s and before is not None:
+            self._paid_until[who] = before
+        return wait_s
+
+    async def turn(self, who: Hashable) -> None:
+        """Wait until `who` may go on. Who gives up is not counted."""
+        wait_s = self.wait_s(who)
+        if not wait_s:
+            return
+        try:
             await asyncio.sleep(wait_s)
+        except asyncio.CancelledError:
+            if who in self._paid_until:
+                self._paid_until[who] -= self._step_s
+            raise

@@ -33,7 +33,6 @@ from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Outcome
-from vmchannel_host.fencing.pace import Pace
 from vmchannel_host.fencing.questions import Questions
 from vmchannel_host.fencing.records import FenceJournal
 from vmchannel_host.fencing.refusals import RefusalLog
@@ -45,6 +44,7 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, StoredRequest
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import BootId, HostName, OperationId, VmUuid
+from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
 
@@ -153,8 +153,8 @@ class FenceService:
         self._random_bytes = random_bytes
         self._refusals = RefusalLog(journal, clock)
         self._log_limit = RateLimiter(clock=clock)
-        self._fencing = Pace(clock, burst=FENCE_BURST, period_s=FENCE_PERIOD_S)
-        self._announcing = Pace(clock, burst=ANNOUNCE_BURST, period_s=ANNOUNCE_PERIOD_S)
+        self._fencing = Pace(1 / FENCE_PERIOD_S, clock, burst_s=FENCE_BURST * FENCE_PERIOD_S)
+        self._announcing = Pace(1 / ANNOUNCE_PERIOD_S, clock, burst_s=ANNOUNCE_BURST * ANNOUNCE_PERIOD_S)
         self._flights: dict[bytes, _Flight] = {}
         self._incarnations = Incarnations(watching, journal, tasks, clock, random_bytes(4).hex())
         self._questions = Questions(

@@ -58,3 +58,24 @@ def test_askers_that_are_quiet_are_forgotten() -> None:
         now += 1.0
         pace.wait_s(number)
     assert pace.known < 2_000
+
+
+def test_what_is_not_taken_is_not_counted() -> None:
+    now = 0.0
+    pace = Pace(1, lambda: now, burst_s=3)
+    assert [pace.take("vm1") for _ in range(5)] == [0, 0, 0, 1, 1]
+    now = 1.0
+    assert [pace.take("vm1") for _ in range(2)] == [0, 1]
+
+
+@virtual_time
+async def test_who_gives_up_waiting_is_not_counted() -> None:
+    clock = asyncio.get_running_loop().time
+    pace = Pace(1, clock, burst_s=1)
+    waiting = [asyncio.create_task(pace.turn("vm1")) for _ in range(100)]
+    await asyncio.sleep(0)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await pace.turn("vm1")
+    assert clock() <= 2
