@@ -158,11 +158,19 @@ class InstanceRunning:
 
 
 @dataclass(frozen=True, slots=True)
+class UnknownProcess:
+    """A process that may be an instance of any VM but those named: it could not be identified."""
+
+    reason: str
+    not_of: frozenset[VmUuid]  # they had a verified instance beside it, and it serves none of their sockets
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """A fresh scan of one host's processes and hypervisors (S1, *a look*).
 
     `silent` names VMs whose state this host could not establish, with the reason: for these the look
-    proves nothing.
+    proves nothing. Nor does it for those of which an `unknown` process may be an instance.
     """
 
     host: HostName
@@ -170,6 +178,7 @@ class Look:
     instances: tuple[Instance, ...]
     silent: tuple[tuple[VmUuid, str], ...] = ()
     conflicts: tuple[str, ...] = ()  # one UUID with two names, a nil UUID, ...: each a sentence (S9)
+    unknown: tuple[UnknownProcess, ...] = ()
 
 
 Evidence = InstanceEnded | InstanceReset | InstanceRunning | Look

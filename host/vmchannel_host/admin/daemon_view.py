@@ -27,6 +27,7 @@ from vmchannel_host.admin.view import (
     VmView,
 )
 from vmchannel_host.fencing.coordinator import RunningOperation
+from vmchannel_host.fencing.evidence import silent_reasons
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.service import ProgressSink, Requester
 from vmchannel_host.hypervisors import HypervisorError
@@ -278,7 +279,7 @@ class View:
             )
         except (HypervisorError, JournalError, TimeoutError) as error:
             return f"this host cannot look: {error or 'no answer in time'}"
-        silent = [reason for one, reason in report.look.silent if one == vm]
+        silent = silent_reasons(report.look, vm)
         if report.conflict or report.departed or silent:
             return report.conflict or report.departed or silent[0]
         if not self._registry.knows(vm) and not self._policy().names_uuid(vm):

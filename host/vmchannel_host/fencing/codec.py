@@ -165,7 +165,7 @@ def _look(report: LookReport, vm: VmUuid) -> dict[str, Json]:
             {"pid": one.identity.pid, "start_time": one.identity.start_time, "state": one.run_state.value}
             for one in found
         ],
-        "silent": [evidence.cut(reason) for silent, reason in report.look.silent if silent == vm],
+        "silent": [evidence.cut(reason) for reason in evidence.silent_reasons(report.look, vm)],
         "unproven": [_process(Process(report.look.host, one)) for one in report.unproven],
         "departed": evidence.cut(report.departed),
         "conflict": evidence.cut(report.conflict),
