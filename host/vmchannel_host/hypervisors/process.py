@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.cmdline import CommandLine, parse_command_line
-from vmchannel_host.model import BootId, EndProof, ProcessIdentity, VmUuid
+from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
 
 EXECUTABLES = ("qemu-system-*", "qemu-kvm", "kvm")
 """Base names of programs that run VMs, as shell patterns."""
@@ -34,6 +34,11 @@ _DELETED = " (deleted)"
 _PIDFD_INFO = struct.Struct("QQ11Ii")
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _PIDFD_INFO_EXIT = 1 << 3
+
+HOST_PID_NAMESPACE = PidNamespace(0xEFFFFFFC)
+"""Inode of the namespace that the kernel begins with (PROC_PID_INIT_INO in linux/proc_ns.h)."""
+
+_OUTSIDE = "outside this daemon's pid namespace: run the daemon in the host's"
 
 MAX_SOCKETS_SEEN = 4096
 """Descriptors looked at to find where a process listens; of one with more nothing is known."""
@@ -221,11 +226,13 @@ class ProcessTable:
         self,
         *,
         boot_id: BootId,
+        pid_namespace: PidNamespace,
         proc: Path = Path("/proc"),
         executables: tuple[str, ...] = EXECUTABLES,
         pidfd_open: Callable[[int], int] = os.pidfd_open,
     ) -> None:
         self.boot_id = boot_id
+        self.pid_namespace = pid_namespace
         self.proc = proc
         self._executables = executables
         self._pidfd_open = pidfd_open
@@ -257,6 +264,8 @@ class ProcessTable:
             ProcessGone: none.
             Unidentified: it cannot be read.
         """
+        if pid <= 0:  # SO_PEERCRED of a process that has no number here
+            raise Unidentified(f"its process is {_OUTSIDE}")
         try:
             return (pid, self._stat(pid).start_time)
         except (FileNotFoundError, ProcessLookupError) as error:
@@ -293,11 +302,15 @@ class ProcessTable:
     def absence(self, identity: ProcessIdentity) -> EndProof | None:
         """Whether a recorded process is proven not to exist any more; None when it, or its like, exists.
 
+        In another pid namespace than the one it was recorded in its pid says nothing.
+
         Raises:
             HypervisorError: neither can be said.
         """
         if identity.boot_id != self.boot_id:
             return EndProof.OTHER_BOOT
+        if identity.pid_namespace != self.pid_namespace:
+            raise HypervisorError(_elsewhere(identity, self.pid_namespace))
         if identity.pid <= 0:
             raise HypervisorError(f"{identity} is no process")
         try:
@@ -395,7 +408,8 @@ class ProcessTable:
         vm_uuid = command.vm_uuid
         if vm_uuid is None:
             raise _without_identity(pid, executable, command)
-        return ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id), command
+        identity = ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id, self.pid_namespace)
+        return identity, command
 
     def _executable(self, pid: int) -> str:
         """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""
@@ -454,6 +468,30 @@ def read_boot_id(proc: Path = Path("/proc")) -> BootId:
         OSError: it cannot be read; without it no process can be recognised again.
     """
     return BootId((proc / "sys/kernel/random/boot_id").read_text("ascii").strip())
+
+
+def read_pid_namespace(proc: Path = Path("/proc")) -> PidNamespace:
+    """The pid namespace of this process.
+
+    Raises:
+        OSError: it cannot be read; without it no record of a process can be relied on.
+    """
+    try:
+        return PidNamespace(os.stat(proc / "self/ns/pid").st_ino)
+    except FileNotFoundError:
+        return HOST_PID_NAMESPACE  # a kernel without pid namespaces
+
+
+def _elsewhere(identity: ProcessIdentity, here: PidNamespace) -> str:
+    if identity.pid_namespace == NO_NAMESPACE:
+        return (
+            f"pid {identity.pid}: its record does not say in which pid namespace it was seen, so only a "
+            "reboot of the host tells that it has ended"
+        )
+    return (
+        f"pid {identity.pid} was recorded in pid namespace {identity.pid_namespace}, but this daemon runs in "
+        f"{here}: run it in the host's pid namespace"
+    )
 
 
 def _without_identity(pid: int, executable: str, command: CommandLine) -> HypervisorError:

@@ -48,6 +48,7 @@ _SCHEMA: Final = (
         pid INTEGER NOT NULL, start_time INTEGER NOT NULL, executable BLOB NOT NULL, vm_uuid TEXT NOT NULL,
         name BLOB NOT NULL, migration TEXT NOT NULL, first_seen REAL NOT NULL, ended_at REAL, proof TEXT,
         cause TEXT, io TEXT, departed INTEGER, elapsed_ms INTEGER, killed INTEGER NOT NULL DEFAULT 0,
+        pid_namespace INTEGER NOT NULL DEFAULT 0,
         UNIQUE (host, boot_id, pid, start_time, vm_uuid, executable))""",
     "CREATE INDEX instances_of_vm ON instances (vm_uuid)",
     """CREATE TABLE aliases (vm_uuid TEXT NOT NULL, refused INTEGER NOT NULL, node_name BLOB NOT NULL,
@@ -137,6 +138,13 @@ def read_head(connection: sqlite3.Connection, path: Path) -> tuple[Head, bytes]:
     if row is None or [type(value) for value in row] != [int, bytes, int, bytes, bytes]:
         raise JournalCorrupt(f"{path}: the signed head is missing or malformed")
     return Head(meta["journal_id"], row[0], row[1], row[2], row[3]), row[4]
+
+
+def add_columns(connection: sqlite3.Connection) -> None:
+    """Give a journal of an earlier version what it lacks; in the caller's transaction."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(instances)")}
+    if present and "pid_namespace" not in present:
+        connection.execute("ALTER TABLE instances ADD COLUMN pid_namespace INTEGER NOT NULL DEFAULT 0")
 
 
 def write_head(connection: sqlite3.Connection, head: Head, signer: Signer) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.integration.hypervisors.qemu_rig import Qemu
-from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
+from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id, read_pid_namespace
 
 _AS_THEY_ARE = ("stat", "fd", "fdinfo", "net", "task", "mountinfo", "status", "ns")
 _LINKS = ("exe", "cwd")
@@ -26,7 +26,7 @@ class MadeUpProc:
         (root / "1").symlink_to("/proc/1")
 
     def table(self) -> ProcessTable:
-        return ProcessTable(boot_id=read_boot_id(), proc=self._root)
+        return ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), proc=self._root)
 
     def show(self, qemu: Qemu) -> None:
         """It is a process like any other."""

@@ -15,7 +15,13 @@ from tests.integration.hypervisors.qemu_rig import Rig, boottime, make_host
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
-from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, VerifiedProcess, read_boot_id
+from vmchannel_host.hypervisors.process import (
+    ProcessGone,
+    ProcessTable,
+    VerifiedProcess,
+    read_boot_id,
+    read_pid_namespace,
+)
 from vmchannel_host.hypervisors.scanner import Scan, Scanner
 from vmchannel_host.model import NIL_UUID, BootId
 
@@ -31,7 +37,9 @@ ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone: the leader
 
 
 def table(*executables: str) -> ProcessTable:
-    return ProcessTable(boot_id=BOOT, executables=executables or ("qemu-system-*",))
+    return ProcessTable(
+        boot_id=BOOT, pid_namespace=read_pid_namespace(), executables=executables or ("qemu-system-*",)
+    )
 
 
 def scan(*executables: str) -> Scan:

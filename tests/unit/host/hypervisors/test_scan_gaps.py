@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.host.hypervisors.test_process import BOOT, Proc
+from tests.unit.host.hypervisors.test_process import BOOT, SPACE, Proc
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.process import ProcessTable
 from vmchannel_host.hypervisors.scanner import Scanner
@@ -19,7 +19,7 @@ class ForkingTable(ProcessTable):
     """Just before a process gets its turn in a scan, something happens."""
 
     def __init__(self, proc: Proc, before: dict[int, Callable[[], None]]) -> None:
-        super().__init__(boot_id=BOOT, proc=proc.root, pidfd_open=proc.pidfd_open)
+        super().__init__(boot_id=BOOT, pid_namespace=SPACE, proc=proc.root, pidfd_open=proc.pidfd_open)
         self._before = before
         self.listings = 0
 
