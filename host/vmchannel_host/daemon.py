@@ -44,11 +44,16 @@ from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
-from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id
+from vmchannel_host.hypervisors.process import (
+    HOST_PID_NAMESPACE,
+    ProcessTable,
+    read_boot_id,
+    read_pid_namespace,
+)
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError
-from vmchannel_host.model import VmUuid
+from vmchannel_host.model import PidNamespace, VmUuid
 from vmchannel_host.notify import Notifier
 from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
@@ -91,7 +96,7 @@ class Parts:
 
 def real_parts() -> Parts:
     """This machine."""
-    processes = ProcessTable(boot_id=read_boot_id())
+    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
     return Parts(processes=processes, peers=QemuPeers(processes))
 
 
@@ -186,6 +191,7 @@ class Daemon:
             StartError: the journal, a socket or a directory cannot be used; the text names it.
         """
         config = self._settings.config
+        _warn_of_namespace(self._parts.processes.pid_namespace)
         try:
             config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -409,6 +415,16 @@ class Daemon:
 
 class _Stopped(Exception):
     """Asked to stop: ends the task group."""
+
+
+def _warn_of_namespace(own: PidNamespace) -> None:
+    """A container in which the VMs run too is a place to try things; on a host it hides the VMs."""
+    if own != HOST_PID_NAMESPACE:
+        _log.error(
+            "this daemon runs in pid namespace %d, not in the host's: it sees and fences only VMs whose "
+            "processes run in it. On a host that runs VMs, run it in the host's pid namespace",
+            own,
+        )
 
 
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:

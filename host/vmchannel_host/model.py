@@ -7,7 +7,7 @@ Plain frozen data; no I/O and no rules. A VM's identity is its UUID; an instance
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
@@ -25,6 +25,13 @@ NIL_UUID = VmUuid("00000000-0000-0000-0000-000000000000")
 """What QEMU reports without `-uuid`: no identity (S9)."""
 
 
+PidNamespace = NewType("PidNamespace", int)
+"""Inode of /proc/self/ns/pid of whoever saw a pid: only there does it name that process."""
+
+NO_NAMESPACE = PidNamespace(0)
+"""Of a record that says nothing of it: journals kept none at first."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class ProcessIdentity:
     """One process that runs, or ran, a VM."""
@@ -34,6 +41,7 @@ class ProcessIdentity:
     executable: str  # target of /proc/PID/exe
     vm_uuid: VmUuid  # from the command line, checked while a pidfd was open
     boot_id: BootId  # of the host's kernel
+    pid_namespace: PidNamespace = field(default=NO_NAMESPACE, compare=False)  # where `pid` is its number
 
     def __str__(self) -> str:
         return f"pid {self.pid} (start {self.start_time}, {self.executable})"
@@ -163,11 +171,19 @@ class InstanceRunning:
 
 
 @dataclass(frozen=True, slots=True)
+class UnknownProcess:
+    """A process that may be an instance of any VM but those named: it could not be identified."""
+
+    reason: str
+    not_of: frozenset[VmUuid]  # they had a verified instance beside it, and it serves none of their sockets
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """A fresh scan of one host's processes and hypervisors (S1, *a look*).
 
     `silent` names VMs whose state this host could not establish, with the reason: for these the look
-    proves nothing.
+    proves nothing. Nor does it for those of which an `unknown` process may be an instance.
     """
 
     host: HostName
@@ -175,6 +191,7 @@ class Look:
     instances: tuple[Instance, ...]
     silent: tuple[tuple[VmUuid, str], ...] = ()
     conflicts: tuple[str, ...] = ()  # one UUID with two names, a nil UUID, ...: each a sentence (S9)
+    unknown: tuple[UnknownProcess, ...] = ()
 
 
 Evidence = InstanceEnded | InstanceReset | InstanceRunning | Look

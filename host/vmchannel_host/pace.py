@@ -39,7 +39,7 @@ class Pace:
         return max(0.0, until - now - self._burst_s)
 
     def take(self, who: Hashable) -> float:
-        """Count one more of `who` if he need not wait, and return 0; else return how long he would, seconds."""
+        """Count one more of `who` if he need not wait and return 0, else how long he would, seconds."""
         before = self._paid_until.get(who)
         wait_s = self.wait_s(who)
         if wait_s and before is not None:

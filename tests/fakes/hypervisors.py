@@ -29,6 +29,7 @@ from vmchannel_host.model import (
     Migration,
     ProcessIdentity,
     RunState,
+    UnknownProcess,
     VmUuid,
 )
 
@@ -49,6 +50,7 @@ class FakeHypervisor:
         self.looks = 0
         self.silent: tuple[tuple[VmUuid, str], ...] = ()
         self.conflicts: tuple[str, ...] = ()
+        self.unknown: tuple[UnknownProcess, ...] = ()
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
         self.startable: set[VmUuid] = set()
@@ -141,7 +143,7 @@ class FakeHypervisor:
         self._begun("look").set()
         at = self.clock()
         await asyncio.sleep(self.delay_s)
-        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts)
+        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts, self.unknown)
 
     async def off(
         self,

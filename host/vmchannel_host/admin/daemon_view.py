@@ -30,6 +30,7 @@ from vmchannel_host.admin.view import (
 from vmchannel_host.doctor.daemon_facts import Doctor
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
+from vmchannel_host.fencing.evidence import silent_reasons
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
@@ -302,7 +303,7 @@ class View:
             )
         except (HypervisorError, JournalError, TimeoutError) as error:
             return f"this host cannot look: {error or 'no answer in time'}"
-        silent = [reason for one, reason in report.look.silent if one == vm]
+        silent = silent_reasons(report.look, vm)
         if report.conflict or report.departed or silent:
             return report.conflict or report.departed or silent[0]
         if not self._registry.knows(vm) and not self._policy().names_uuid(vm):

@@ -21,7 +21,15 @@ from vmchannel_host.fencing.ordered import (
     StartReport,
 )
 from vmchannel_host.journal.types import Json
-from vmchannel_host.model import BootId, HostName, InstanceEnded, OperationId, ProcessIdentity, VmUuid
+from vmchannel_host.model import (
+    BootId,
+    HostName,
+    InstanceEnded,
+    OperationId,
+    PidNamespace,
+    ProcessIdentity,
+    VmUuid,
+)
 
 INTENT = "fence.intent"
 EVIDENCE = "fence.evidence"
@@ -165,7 +173,7 @@ def _look(report: LookReport, vm: VmUuid) -> dict[str, Json]:
             {"pid": one.identity.pid, "start_time": one.identity.start_time, "state": one.run_state.value}
             for one in found
         ],
-        "silent": [evidence.cut(reason) for silent, reason in report.look.silent if silent == vm],
+        "silent": [evidence.cut(reason) for reason in evidence.silent_reasons(report.look, vm)],
         "unproven": [_process(Process(report.look.host, one)) for one in report.unproven],
         "departed": evidence.cut(report.departed),
         "conflict": evidence.cut(report.conflict),
@@ -181,6 +189,7 @@ def _process(process: Process) -> dict[str, Json]:
         "executable": identity.executable,
         "vm": identity.vm_uuid,
         "boot_id": identity.boot_id,
+        "pid_namespace": identity.pid_namespace,
     }
 
 
@@ -193,6 +202,7 @@ def _read_process(value: Json) -> Process:
         executable=_text(value, "executable"),
         vm_uuid=VmUuid(_text(value, "vm")),
         boot_id=BootId(_text(value, "boot_id")),
+        pid_namespace=PidNamespace(int(_number(value, "pid_namespace")) if "pid_namespace" in value else 0),
     )
     return Process(HostName(_text(value, "host")), identity)
 

@@ -99,10 +99,15 @@ def silence(reports: Iterable[LookReport], vm: VmUuid) -> str:
     for report in reports:
         if report.look.at_boottime < report.asked_at:
             return f"host {report.look.host} answered a look from memory"
-        for silent_vm, reason in report.look.silent:
-            if silent_vm == vm:
-                return f"host {report.look.host} cannot tell: {cut(reason)}"
+        for reason in silent_reasons(report.look, vm):
+            return f"host {report.look.host} cannot tell: {cut(reason)}"
     return ""
+
+
+def silent_reasons(look: Look, vm: VmUuid) -> list[str]:
+    """Why one look proves nothing about the VM; untrusted text."""
+    named = [reason for silent_vm, reason in look.silent if silent_vm == vm]
+    return named + [process.reason for process in look.unknown if vm not in process.not_of]
 
 
 def instances_of(reports: Iterable[LookReport], vm: VmUuid) -> dict[Process, Instance]:

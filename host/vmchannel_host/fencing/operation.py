@@ -90,6 +90,7 @@ class Operation:
         self._round = 0  # of the looks that count now
         self._reports: dict[HostName, LookReport] = {}
         self._finds = 0
+        self._not_destroyed = ""  # why the last attempt to end an instance failed
         self._mute_looks = 0
         self._polls = 0
         self._unsettled = ""  # why the last poll after a start was no verdict; "" when nothing new was there
@@ -314,7 +315,8 @@ class Operation:
             return self._fail(doubt)
         self._finds += 1
         if self._finds > MAX_FINDS:
-            reason = f"found again {MAX_FINDS} times: {_list(alive)}"
+            why = f"; {self._not_destroyed}" if self._not_destroyed else ""
+            reason = f"found again {MAX_FINDS} times: {_list(alive)}{why}"
             return self._conclude(False, FenceCode.FAILED, reason)
         return self._destroy(alive)
 
@@ -448,6 +450,7 @@ class Operation:
                 return self._look_failed(line) if report.round == self._round else ()
             case Part.DESTROY:
                 self._lines.append(line)
+                self._not_destroyed = line
                 return self._attempted(Process(report.host, report.identity)) if report.identity else ()
             case Part.RESET:
                 if self._state is not OperationState.RESETTING:

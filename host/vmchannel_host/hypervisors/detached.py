@@ -31,6 +31,7 @@ class DetachedCalls:
         *,
         timeout_s: float,
         discard: Callable[[T], None] = lambda _: None,
+        on_return: Callable[[], None] = lambda: None,
     ) -> T:
         """Run `function()` in a thread and wait at most `timeout_s` seconds for it.
 
@@ -39,6 +40,7 @@ class DetachedCalls:
             function: may block for ever.
             timeout_s: seconds.
             discard: gives back what a late result holds, when nobody waits for it any more.
+            on_return: called in the event loop when `function` has returned, in time or not.
 
         Raises:
             NotProven: it did not return in time (its thread goes on), or `limit` calls are under way.
@@ -50,6 +52,7 @@ class DetachedCalls:
 
         def deliver(result: T | None, error: BaseException | None) -> None:
             self._running -= 1
+            on_return()
             value = cast(T, result)  # None only when T is None, or with an error
             if not answer.done():
                 answer.set_result(value) if error is None else answer.set_exception(error)
@@ -68,10 +71,19 @@ class DetachedCalls:
                 return  # the loop has closed: nobody waits any more
 
         self._running += 1
-        threading.Thread(target=work, name=f"vmchannel {name}", daemon=True).start()
+        try:
+            threading.Thread(target=work, name=f"vmchannel {name}", daemon=True).start()
+        except RuntimeError as error:
+            self._running -= 1
+            on_return()
+            raise NotProven(f"{name}: {error}") from error
         try:
             async with asyncio.timeout(timeout_s):
                 return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                discard(answer.result())  # it came at the moment in which its caller went away
+            raise
         except TimeoutError as error:
             if answer.done() and not answer.cancelled():
                 return answer.result()

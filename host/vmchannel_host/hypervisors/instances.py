@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
@@ -82,6 +83,17 @@ class Watched:
             self.interruptions += 1
         self.monitored = True
         self.monitor, self.facts, self.mute = monitor, None, False
+
+    def sockets(self, directory: Callable[[int], str]) -> frozenset[str]:
+        """Paths of the unix sockets that it uses, as far as known.
+
+        Args:
+            directory: the working directory of a process, where its relative paths begin.
+        """
+        paths = [*self.process.command.sockets, self.monitor.path if self.monitor else ""]
+        paths += [port.chardev_path for port in self.facts.ports] if self.facts else []
+        start = "" if all(map(os.path.isabs, filter(None, paths))) else directory(self.identity.pid)
+        return frozenset(os.path.normpath(os.path.join(start, path)) for path in paths if path)
 
     def drop_storage(self) -> None:
         """Close what `storage_at_kill` holds open."""

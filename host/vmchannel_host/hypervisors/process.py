@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.cmdline import CommandLine, parse_command_line
-from vmchannel_host.model import BootId, EndProof, ProcessIdentity, VmUuid
+from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
 
 EXECUTABLES = ("qemu-system-*", "qemu-kvm", "kvm")
 """Base names of programs that run VMs, as shell patterns."""
@@ -35,8 +35,15 @@ _PIDFD_INFO = struct.Struct("QQ11Ii")
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _PIDFD_INFO_EXIT = 1 << 3
 
-MAX_ROUNDS = 8
-"""How often a scan lists /proc: a QEMU forks twice, and others that come and go must not hold it up."""
+HOST_PID_NAMESPACE = PidNamespace(0xEFFFFFFC)
+"""Inode of the namespace that the kernel begins with (PROC_PID_INIT_INO in linux/proc_ns.h)."""
+
+_OUTSIDE = "outside this daemon's pid namespace: run the daemon in the host's"
+
+MAX_SOCKETS_SEEN = 4096
+"""Descriptors looked at to find where a process listens; of one with more nothing is known."""
+
+_LISTENING = 1 << 16  # __SO_ACCEPTCON, among the flags of /proc/net/unix
 
 ProcessKey = tuple[int, int]
 """(pid, start time): one process of this boot."""
@@ -57,6 +64,7 @@ class Unidentified(HypervisorError):
         vm_uuids: VMs it may be an instance of, as far as its command line tells.
         pid: of the process; 0 when it is of no use.
         sockets: unix sockets on its command line; None when that cannot be read.
+        anyones: its command line could not be read, so it may be an instance of any VM.
     """
 
     def __init__(
@@ -66,11 +74,13 @@ class Unidentified(HypervisorError):
         *,
         pid: int = 0,
         sockets: tuple[str, ...] | None = None,
+        anyones: bool = False,
     ) -> None:
         super().__init__(reason)
         self.vm_uuids = vm_uuids
         self.pid = pid
         self.sockets = sockets
+        self.anyones = anyones
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,30 +183,40 @@ class VerifiedProcess:
         ended.set()
 
 
-def _new_processes() -> list[VerifiedProcess]:
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A process that may run a VM and has not been identified yet: what is known of it without its memory."""
+
+    pid: int
+    start_time: int
+    executable: str  # "" when it may not be read
+
+    @property
+    def key(self) -> ProcessKey:
+        return (self.pid, self.start_time)
+
+
+def _no_candidates() -> list[Candidate]:
     return []
 
 
-def _new_keys() -> set[ProcessKey]:
+def _no_keys() -> set[ProcessKey]:
     return set()
 
 
-def _new_problems() -> list[Unidentified]:
+def _no_problems() -> list[Unidentified]:
     return []
 
 
 @dataclass(slots=True)
-class Scan:
-    """What one scan of /proc found. Its reader owns the new processes."""
+class Sieve:
+    """One listing of /proc, and what may be a QEMU among those that an earlier listing did not show."""
 
-    new: list[VerifiedProcess] = field(default_factory=_new_processes)
-    lost: set[ProcessKey] = field(default_factory=_new_keys)  # those given as known and not seen again
-    problems: list[Unidentified] = field(default_factory=_new_problems)
-
-    def close(self) -> None:
-        """Give back the pidfds of the new processes, when nobody takes them over."""
-        for process in self.new:
-            process.close()
+    pids: frozenset[int]
+    candidates: list[Candidate] = field(default_factory=_no_candidates)
+    seen: set[ProcessKey] = field(default_factory=_no_keys)  # of those given as known
+    unreadable: list[Unidentified] = field(default_factory=_no_problems)
+    vanished: bool = False  # one that was listed was gone at its turn
 
 
 class ProcessTable:
@@ -206,43 +226,52 @@ class ProcessTable:
         self,
         *,
         boot_id: BootId,
+        pid_namespace: PidNamespace,
         proc: Path = Path("/proc"),
         executables: tuple[str, ...] = EXECUTABLES,
         pidfd_open: Callable[[int], int] = os.pidfd_open,
     ) -> None:
         self.boot_id = boot_id
+        self.pid_namespace = pid_namespace
         self.proc = proc
         self._executables = executables
         self._pidfd_open = pidfd_open
 
-    def scan(self, known: frozenset[ProcessKey]) -> Scan:
-        """Find every QEMU process.
+    def sieve(self, known: frozenset[ProcessKey], earlier: frozenset[int] = frozenset()) -> Sieve:
+        """List /proc and sort out what is certainly no QEMU, or known already.
 
-        Of a process in `known` (its pidfd is held, so it was identified) only start time and executable are
-        read again: its command line can block as long as a hung process holds its memory map.
+        Only executable and start time are read: unlike the command line, which can block for as long as a
+        hung process holds its memory map, they need no lock of the process's memory.
 
-        A QEMU that becomes a daemon forks and leaves, maybe between the listing and its turn: while one that
-        was listed is gone at its turn, what began since is looked at too.
+        Args:
+            known: processes whose pidfd is held, so they were identified.
+            earlier: pids of an earlier listing, not to be looked at again.
 
         Raises:
             HypervisorError: /proc does not show all processes.
         """
-        scan = Scan(lost=set(known))
-        pids = self._pids()
-        if 1 not in pids:
+        sieve = Sieve(self._pids())
+        if 1 not in sieve.pids:
             raise HypervisorError(f"{self.proc} hides processes (hidepid?): a scan proves nothing")
-        new = pids
+        for pid in sorted(sieve.pids - earlier):
+            self._sieve_one(pid, known, sieve)
+        return sieve
+
+    def key_of(self, pid: int) -> ProcessKey:
+        """Which process has that pid now. Does not block.
+
+        Raises:
+            ProcessGone: none.
+            Unidentified: it cannot be read.
+        """
+        if pid <= 0:  # SO_PEERCRED of a process that has no number here
+            raise Unidentified(f"its process is {_OUTSIDE}")
         try:
-            for _ in range(MAX_ROUNDS):
-                there = [self._scan_one(pid, known, scan) for pid in new]
-                if all(there):
-                    break
-                earlier, pids = frozenset(pids), self._pids()
-                new = [pid for pid in pids if pid not in earlier]
-        except BaseException:
-            scan.close()
-            raise
-        return scan
+            return (pid, self._stat(pid).start_time)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ProcessGone(f"pid {pid} does not exist") from error
+        except (OSError, ValueError) as error:
+            raise Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True) from error
 
     def open(self, pid: int) -> VerifiedProcess:
         """Open a pidfd, then identify the process.
@@ -257,7 +286,7 @@ class ProcessTable:
         except OSError as error:
             if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # the last two: a thread's number
                 raise ProcessGone(f"pid {pid} does not exist") from error
-            raise Unidentified(f"pid {pid}: pidfd_open: {error.strerror}") from error
+            raise Unidentified(f"pid {pid}: pidfd_open: {error.strerror}", pid=pid, anyones=True) from error
         try:
             identity, command = self._identify(pid)
             if _readable(pidfd):
@@ -273,11 +302,15 @@ class ProcessTable:
     def absence(self, identity: ProcessIdentity) -> EndProof | None:
         """Whether a recorded process is proven not to exist any more; None when it, or its like, exists.
 
+        In another pid namespace than the one it was recorded in its pid says nothing.
+
         Raises:
             HypervisorError: neither can be said.
         """
         if identity.boot_id != self.boot_id:
             return EndProof.OTHER_BOOT
+        if identity.pid_namespace != self.pid_namespace:
+            raise HypervisorError(_elsewhere(identity, self.pid_namespace))
         if identity.pid <= 0:
             raise HypervisorError(f"{identity} is no process")
         try:
@@ -298,41 +331,66 @@ class ProcessTable:
         finally:
             os.close(pidfd)
 
-    def _scan_one(self, pid: int, known: frozenset[ProcessKey], scan: Scan) -> bool:
-        """Returns whether it was there to be looked at."""
+    def listens_at(self, pid: int) -> frozenset[str] | None:
+        """Paths of the unix sockets at which a process listens; None when that cannot be said.
+
+        Needs no lock of the process's memory and touches no file system but /proc.
+        """
+        base = self.proc / str(pid)
         try:
-            if not self._may_be_vm(pid):
-                return True
-            key = (pid, self._stat(pid).start_time)
-            if key in known:
-                scan.lost.discard(key)
-                return True
-            scan.new.append(self.open(pid))
+            names = os.listdir(base / "fd")
+            if len(names) > MAX_SOCKETS_SEEN:
+                return None
+            targets = [_link(base / "fd" / name) for name in names]
+            inodes = {target[len("socket:[") : -1] for target in targets if target.startswith("socket:[")}
+            rows = (base / "net/unix").read_text("utf-8", "surrogateescape").splitlines()[1:]
+            directory = os.readlink(base / "cwd")
+        except OSError:
+            return None
+        fields = [row.split(maxsplit=7) for row in rows]
+        return frozenset(
+            os.path.normpath(os.path.join(directory, row[7]))
+            for row in fields
+            if len(row) == 8 and row[6] in inodes and int(row[3], 16) & _LISTENING and row[7][0] != "@"
+        )
+
+    def _sieve_one(self, pid: int, known: frozenset[ProcessKey], sieve: Sieve) -> None:
+        try:
+            executable = self._executable_or_denied(pid)
+            if executable is None:
+                return
+            candidate = Candidate(pid, self._stat(pid).start_time, executable)
         except (ProcessGone, FileNotFoundError, ProcessLookupError):
-            return False
-        except NotAVm:
-            return True
-        except Unidentified as problem:
-            scan.problems.append(problem)
+            sieve.vanished = True
+            return
         except (OSError, ValueError) as error:
-            scan.problems.append(Unidentified(f"pid {pid}: {error}"))
-        return True
+            problem = Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True)
+            sieve.unreadable.append(problem)
+            return
+        if candidate.key in known:
+            sieve.seen.add(candidate.key)
+        else:
+            sieve.candidates.append(candidate)
 
-    def _pids(self) -> list[int]:
-        try:
-            return [int(name) for name in os.listdir(self.proc) if name.isdecimal()]
-        except OSError as error:
-            raise HypervisorError(f"cannot list {self.proc}: {error.strerror}") from error
+    def _executable_or_denied(self, pid: int) -> str | None:
+        """A QEMU's program, "" when it may not be read, None for what is certainly another program.
 
-    def _may_be_vm(self, pid: int) -> bool:
-        """A cheap first sieve: everything but what is certainly another program."""
+        Raises:
+            ProcessGone: it has ended.
+        """
         try:
             executable = self._executable(pid)
         except PermissionError:
-            return self._looks_like_vm(pid)
+            return ""
         if executable == "" and self._stat(pid).state in "ZX":
             raise ProcessGone(f"pid {pid} has ended")
-        return executable != "" and self._matches(executable)
+        return executable if executable != "" and self._matches(executable) else None
+
+    def _pids(self) -> frozenset[int]:
+        try:
+            return frozenset(int(name) for name in os.listdir(self.proc) if name.isdecimal())
+        except OSError as error:
+            raise HypervisorError(f"cannot list {self.proc}: {error.strerror}") from error
 
     def _identify(self, pid: int) -> tuple[ProcessIdentity, CommandLine]:
         try:
@@ -346,11 +404,12 @@ class ProcessTable:
         except (FileNotFoundError, ProcessLookupError) as error:
             raise ProcessGone(f"pid {pid} has ended") from error
         except (OSError, ValueError) as error:
-            raise Unidentified(f"pid {pid} cannot be read: {error}") from error
+            raise Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True) from error
         vm_uuid = command.vm_uuid
         if vm_uuid is None:
             raise _without_identity(pid, executable, command)
-        return ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id), command
+        identity = ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id, self.pid_namespace)
+        return identity, command
 
     def _executable(self, pid: int) -> str:
         """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""
@@ -368,7 +427,7 @@ class ProcessTable:
                 if text:
                     return text
             time.sleep(0.005 * attempt)  # in the middle of exec: the executable is set before its arguments
-        raise Unidentified(f"pid {pid} is a QEMU without a readable command line")
+        raise Unidentified(f"pid {pid} is a QEMU without a readable command line", pid=pid, anyones=True)
 
     def _sources(self, pid: int) -> Iterator[Path]:
         """Where to read of a process: itself; if its leader has exited while threads live, one of these."""
@@ -387,19 +446,19 @@ class ProcessTable:
         name = os.path.basename(executable)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._executables)
 
-    def _looks_like_vm(self, pid: int) -> bool:
+    def _unreadable(self, pid: int, error: OSError) -> HypervisorError:
         """Of a process whose executable may not be read: is it worth a complaint?"""
-        raw = (self.proc / str(pid) / "cmdline").read_bytes()
-        return self._matches(raw.split(b"\0")[0].decode("utf-8", "replace")) or bool(
-            parse_command_line(raw).uuids
-        )
-
-    def _unreadable(self, pid: int, error: OSError) -> Unidentified:
+        reason = f"pid {pid} may be a QEMU but cannot be read: {error.strerror}"
         try:
-            command = parse_command_line((self.proc / str(pid) / "cmdline").read_bytes())
+            raw = (self.proc / str(pid) / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return ProcessGone(f"pid {pid} has ended")
         except OSError:
-            command = CommandLine((), "")
-        return Unidentified(f"pid {pid} may be a QEMU but cannot be read: {error.strerror}", command.uuids)
+            return Unidentified(reason, pid=pid, anyones=True)
+        command = parse_command_line(raw)
+        if not command.uuids and not self._matches(raw.split(b"\0")[0].decode("utf-8", "replace")):
+            return NotAVm(f"pid {pid} does not look like a QEMU")
+        return Unidentified(reason, command.uuids, pid=pid)
 
 
 def read_boot_id(proc: Path = Path("/proc")) -> BootId:
@@ -411,6 +470,30 @@ def read_boot_id(proc: Path = Path("/proc")) -> BootId:
     return BootId((proc / "sys/kernel/random/boot_id").read_text("ascii").strip())
 
 
+def read_pid_namespace(proc: Path = Path("/proc")) -> PidNamespace:
+    """The pid namespace of this process.
+
+    Raises:
+        OSError: it cannot be read; without it no record of a process can be relied on.
+    """
+    try:
+        return PidNamespace(os.stat(proc / "self/ns/pid").st_ino)
+    except FileNotFoundError:
+        return HOST_PID_NAMESPACE  # a kernel without pid namespaces
+
+
+def _elsewhere(identity: ProcessIdentity, here: PidNamespace) -> str:
+    if identity.pid_namespace == NO_NAMESPACE:
+        return (
+            f"pid {identity.pid}: its record does not say in which pid namespace it was seen, so only a "
+            "reboot of the host tells that it has ended"
+        )
+    return (
+        f"pid {identity.pid} was recorded in pid namespace {identity.pid_namespace}, but this daemon runs in "
+        f"{here}: run it in the host's pid namespace"
+    )
+
+
 def _without_identity(pid: int, executable: str, command: CommandLine) -> HypervisorError:
     if command.no_guest and not command.uuids:
         return NotAVm(f"pid {pid} is a QEMU without a machine")
@@ -420,6 +503,13 @@ def _without_identity(pid: int, executable: str, command: CommandLine) -> Hyperv
         return Unidentified(reason, command.uuids, pid=pid, sockets=command.sockets)
     reason = f"{what} has no -uuid, or a nil one: it cannot be told apart from others (S9)"
     return Unidentified(reason, pid=pid, sockets=command.sockets)
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""  # closed since it was listed
 
 
 def _exit_status_of_pidfd(pidfd: int) -> int | None:

@@ -25,14 +25,16 @@ from vmchannel_host.hypervisors.follower import Conflict, SocketFollower, Timing
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import (
+    Candidate,
     ProcessGone,
     ProcessTable,
-    Scan,
     Unidentified,
     VerifiedProcess,
 )
 from vmchannel_host.hypervisors.qmp_monitor import read_run_state, working_directory
 from vmchannel_host.hypervisors.resetting import reset_instance
+from vmchannel_host.hypervisors.scanner import Scan, Scanner
+from vmchannel_host.hypervisors.unknown import UnknownProcesses
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -42,6 +44,7 @@ from vmchannel_host.model import (
     IoState,
     Look,
     ProcessIdentity,
+    UnknownProcess,
     VmUuid,
 )
 
@@ -49,6 +52,10 @@ log = logging.getLogger(__name__)
 
 MAX_SOCKETS = 4096
 """QMP sockets followed; further matches of the globs are ignored with a warning."""
+
+
+LISTENING_S = 0.5
+"""How long a look waits to learn where unidentified processes listen, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,8 @@ class QmpHypervisor:
         self._followers: dict[str, tuple[SocketFollower, asyncio.Task[None]]] = {}
         self._sockets: Mapping[str, tuple[int, int]] = MappingProxyType({})
         self._rescan = asyncio.Event()
+        self._scanner = Scanner(processes, self._calls, on_late=self._rescan.set)
+        self._unknown = UnknownProcesses()
         self._tasks: asyncio.TaskGroup | None = None
         self._stopped = False
         self._last_problems: frozenset[str] = frozenset()
@@ -139,6 +148,7 @@ class QmpHypervisor:
         began = self._clock()
         deadline = asyncio.get_running_loop().time() + timeout_s
         scan = await self._find_all(timeout_s)
+        unknown = await self._judge_unknown(scan)
         await self._ask_all(deadline)
         if self._stopped:  # what was watched is forgotten: nothing found would mean nothing
             raise HypervisorError("the hypervisor is not watched any more: the daemon stops")
@@ -163,6 +173,7 @@ class QmpHypervisor:
             instances=tuple(watched.instance() for watched in live),
             silent=tuple(silent),
             conflicts=(*conflicts, *self._table.conflicts()),
+            unknown=unknown,
         )
 
     async def off(
@@ -240,7 +251,7 @@ class QmpHypervisor:
     async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
         if self._processes.absence(identity) is not None:
             raise ProcessGone(f"{identity} has ended")
-        process = await self._identify(identity.pid, timeout_s=timeout_s)
+        process = await self._scanner.identify(identity.pid, timeout_s=timeout_s)
         if process.key != (identity.pid, identity.start_time):
             process.close()
             raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
@@ -271,13 +282,8 @@ class QmpHypervisor:
         except Exception:
             log.exception("cannot report the end of %s", watched.identity)
 
-    async def _identify(self, pid: int, *, timeout_s: float = 2.0) -> VerifiedProcess:
-        return await self._calls.call(
-            f"identify pid {pid}",
-            lambda: self._processes.open(pid),
-            timeout_s=timeout_s,
-            discard=VerifiedProcess.close,
-        )
+    async def _identify(self, pid: int) -> VerifiedProcess:
+        return await self._scanner.identify(pid, timeout_s=self._settings.timings.command_s)
 
     async def _scan_forever(self) -> None:
         while True:
@@ -306,16 +312,38 @@ class QmpHypervisor:
         return scan
 
     async def _scan(self, timeout_s: float) -> Scan:
-        known = self._table.keys()
-        scan = await self._calls.call(
-            "scan /proc", lambda: self._processes.scan(known), timeout_s=timeout_s, discard=Scan.close
-        )
+        scan = await self._scanner.scan(self._table.keys(), timeout_s=timeout_s)
         for process in scan.new:
             self._adopt(
                 process, configured=self._is_configured(process.identity.pid, process.command.sockets)
             )
+        self._learn_beside(scan)
         self._report_problems([problem for problem in scan.problems if self._concerns_us(problem)])
         return scan
+
+    def _learn_beside(self, scan: Scan) -> None:
+        """Which instances live beside the processes that could not be identified."""
+        alive: dict[Watched, frozenset[str]] = {}
+        if scan.unknown:
+            for watched in self._table.all():
+                if watched.process.key not in scan.lost and not watched.process.ended():
+                    alive[watched] = watched.sockets(self._directory)
+        self._unknown.learn(scan.unknown, alive)
+
+    async def _judge_unknown(self, scan: Scan) -> tuple[UnknownProcess, ...]:
+        unknown = scan.unknown
+        nothing_known = tuple(UnknownProcess(f"{problem}", frozenset()) for problem in scan.unreadable)
+        if not unknown:
+            return nothing_known
+
+        def listening() -> dict[Candidate, frozenset[str] | None]:
+            return {candidate: self._processes.listens_at(candidate.pid) for candidate in unknown}
+
+        try:
+            paths = await self._calls.call("find where processes listen", listening, timeout_s=LISTENING_S)
+        except NotProven:
+            paths = {}
+        return nothing_known + self._unknown.judge(unknown, paths)
 
     def _concerns_us(self, problem: Unidentified) -> bool:
         """Anybody on this host may run a QEMU without identity; only one behind our sockets is a doubt."""
@@ -391,6 +419,9 @@ class QmpHypervisor:
             self._followers[path] = (follower, self._tasks.create_task(follower.run(), name=f"follow {path}"))
         self._sockets = found
 
+    def _directory(self, pid: int) -> str:
+        return working_directory(self._processes.proc, pid)
+
     def _follower(self, path: str) -> SocketFollower:
         return SocketFollower(
             path,
@@ -398,7 +429,7 @@ class QmpHypervisor:
             identify=self._identify,
             adopt=self._adopt,
             on_close=self._rescan.set,
-            directory=lambda pid: working_directory(self._processes.proc, pid),
+            directory=self._directory,
             timings=self._settings.timings,
         )
 

@@ -48,7 +48,7 @@ _SCHEMA: Final = (
         pid INTEGER NOT NULL, start_time INTEGER NOT NULL, executable BLOB NOT NULL, vm_uuid TEXT NOT NULL,
         name BLOB NOT NULL, migration TEXT NOT NULL, first_seen REAL NOT NULL, ended_at REAL, proof TEXT,
         cause TEXT, io TEXT, departed INTEGER, elapsed_ms INTEGER, killed INTEGER NOT NULL DEFAULT 0,
-        confirmed_by BLOB,
+        confirmed_by BLOB, pid_namespace INTEGER NOT NULL DEFAULT 0,
         UNIQUE (host, boot_id, pid, start_time, vm_uuid, executable))""",
     "CREATE INDEX instances_of_vm ON instances (vm_uuid)",
     """CREATE TABLE aliases (vm_uuid TEXT NOT NULL, refused INTEGER NOT NULL, node_name BLOB NOT NULL,
@@ -59,6 +59,10 @@ _SCHEMA: Final = (
         operation TEXT NOT NULL, deadline REAL NOT NULL, boot_id TEXT NOT NULL, stored_at REAL NOT NULL,
         answer BLOB)""",
 )
+
+
+_LATER_COLUMNS: Final = {"pid_namespace": "INTEGER NOT NULL DEFAULT 0", "confirmed_by": "BLOB"}
+"""Of the table of instances: what journals of earlier versions lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,14 @@ def read_head(connection: sqlite3.Connection, path: Path) -> tuple[Head, bytes]:
     if row is None or [type(value) for value in row] != [int, bytes, int, bytes, bytes]:
         raise JournalCorrupt(f"{path}: the signed head is missing or malformed")
     return Head(meta["journal_id"], row[0], row[1], row[2], row[3]), row[4]
+
+
+def add_columns(connection: sqlite3.Connection) -> None:
+    """Give a journal of an earlier version what it lacks; in the caller's transaction."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(instances)")}
+    for column, kind in _LATER_COLUMNS.items():
+        if present and column not in present:
+            connection.execute(f"ALTER TABLE instances ADD COLUMN {column} {kind}")
 
 
 def write_head(connection: sqlite3.Connection, head: Head, signer: Signer) -> None:

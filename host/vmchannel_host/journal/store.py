@@ -18,6 +18,7 @@ from vmchannel_host.journal.chain import Head, Link, canonical, parse_body
 from vmchannel_host.journal.file import (
     Row,
     StoreSettings,
+    add_columns,
     connect,
     make,
     must_be_made,
@@ -277,7 +278,8 @@ class JournalStore:
         self.connection.execute(
             "BEGIN IMMEDIATE"
         )  # a file that cannot be written shows here, not at the first fence
-        self.connection.execute("ROLLBACK")
+        add_columns(self.connection)
+        self.connection.execute("COMMIT")
         return head
 
     def _check_same_file(self) -> None:

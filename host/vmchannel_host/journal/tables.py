@@ -26,6 +26,7 @@ from vmchannel_host.model import (
     IoState,
     Migration,
     OperationId,
+    PidNamespace,
     ProcessIdentity,
     VmUuid,
 )
@@ -52,8 +53,9 @@ def remember_instance(
         return
     # Compared first: the same news again costs no write to the disk.
     store.connection.execute(
-        "UPDATE instances SET name = ?2, migration = ?3 WHERE id = ?1 AND (name != ?2 OR migration != ?3)",
-        (known, _bytes(name), migration.value),
+        """UPDATE instances SET name = ?2, migration = ?3, pid_namespace = ?4
+            WHERE id = ?1 AND (name != ?2 OR migration != ?3 OR pid_namespace != ?4)""",
+        (known, _bytes(name), migration.value, identity.pid_namespace),
     )
 
 
@@ -123,8 +125,8 @@ def remember_confirmed(store: JournalStore, vm_uuid: VmUuid, by: str) -> None:
 def known_instances(store: JournalStore, vm_uuid: VmUuid | None) -> list[KnownInstance]:
     """Every process ever seen (of one VM), oldest first."""
     rows = store.connection.execute(
-        """SELECT host, pid, start_time, executable, vm_uuid, boot_id, name, migration, first_seen, killed,
-            confirmed_by, ended_at, proof, cause, io, departed, elapsed_ms FROM instances
+        """SELECT host, pid, start_time, executable, vm_uuid, boot_id, pid_namespace, name, migration,
+            first_seen, killed, confirmed_by, ended_at, proof, cause, io, departed, elapsed_ms FROM instances
             WHERE ?1 IS NULL OR vm_uuid = ?1 ORDER BY id""",
         (vm_uuid,),
     )
@@ -282,11 +284,12 @@ def _insert(
     store: JournalStore, identity: ProcessIdentity, name: str, host: HostName, migration: Migration
 ) -> int:
     cursor = store.connection.execute(
-        """INSERT INTO instances (host, boot_id, pid, start_time, executable, vm_uuid, name, migration,
-            first_seen) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        """INSERT INTO instances (host, boot_id, pid_namespace, pid, start_time, executable, vm_uuid, name,
+            migration, first_seen) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         (
             host,
             identity.boot_id,
+            identity.pid_namespace,
             identity.pid,
             identity.start_time,
             _bytes(identity.executable),
@@ -317,6 +320,7 @@ def _parse_instance(row: Row) -> KnownInstance:
             bytes(executable),
             str(vm_uuid),
             str(boot_id),
+            int(pid_namespace),
             bytes(name),
             str(migration),
             float(first_seen),
@@ -324,7 +328,8 @@ def _parse_instance(row: Row) -> KnownInstance:
             bytes() | None as confirmed_by,
             *rest,
         ):
-            identity = ProcessIdentity(pid, start_time, _text(executable), VmUuid(vm_uuid), BootId(boot_id))
+            vm, boot, namespace = VmUuid(vm_uuid), BootId(boot_id), PidNamespace(pid_namespace)
+            identity = ProcessIdentity(pid, start_time, _text(executable), vm, boot, namespace)
         case _:
             raise ValueError("a column has another type")
     match rest:
@@ -363,6 +368,7 @@ def _identity_body(host: HostName, identity: ProcessIdentity) -> dict[str, Json]
         "executable": identity.executable,
         "vm_uuid": identity.vm_uuid,
         "boot_id": identity.boot_id,
+        "pid_namespace": identity.pid_namespace,
     }
 
 

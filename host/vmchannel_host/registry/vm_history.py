@@ -113,13 +113,14 @@ class VmHistory:
             self._processes[instance.identity] = process
         if process.state is InstanceState.GONE:
             return None  # the report was under way when the end was proven
-        before = process.name, to_migration(process.state)
+        before = process.name, to_migration(process.state), process.identity.pid_namespace
+        process.identity = instance.identity  # equal, but its record may lack the namespace
         was_executing = process.state in EXECUTING and process.instance is not None
         self._observe(process, instance)
         if process.state in EXECUTING and not was_executing:
             self._supersede(process)
         self._explain_fork(process)
-        after = process.name, to_migration(process.state)
+        after = process.name, to_migration(process.state), process.identity.pid_namespace
         return process if is_new or before != after else None
 
     def end(self, evidence: InstanceEnded) -> InstanceEnded | None:

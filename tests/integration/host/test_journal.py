@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from vmchannel_host.journal.types import (
     StoredAlias,
     StoredRequest,
 )
-from vmchannel_host.model import IoState, Migration, OperationId
+from vmchannel_host.model import NO_NAMESPACE, IoState, Migration, OperationId, PidNamespace
 
 LOOSE: list[tuple[Callable[[JournalRig], object], str]] = [
     (lambda rig: rig.key.chmod(0o640), "others may read the key"),
@@ -174,6 +175,30 @@ async def test_seeing_a_process_again_updates_it_and_does_not_bring_it_back_to_l
         await journal.remember_instance(process(), "new", HOST, migration=Migration.OUTGOING)
         [known] = await journal.known_instances()
         assert (known.name, known.migration, known.end) == ("new", Migration.OUTGOING, ended(process()))
+
+
+async def test_the_namespace_of_a_pid_is_remembered_with_it(rig: JournalRig) -> None:
+    seen = replace(process(), pid_namespace=PidNamespace(4026532178))
+    async with rig.opened() as journal:
+        await journal.remember_instance(seen, "vm1", HOST)
+    async with rig.opened() as journal:
+        [known] = await journal.known_instances()
+    assert known.identity.pid_namespace == 4026532178
+
+
+async def test_a_journal_without_namespaces_opens_and_learns_them(rig: JournalRig) -> None:
+    async with rig.opened() as journal:
+        await journal.remember_instance(process(), "vm1", HOST)
+    for column in ("pid_namespace", "confirmed_by"):
+        rig.tamper(f"ALTER TABLE instances DROP COLUMN {column}")
+    async with rig.opened() as journal:
+        [known] = await journal.known_instances()
+        assert known.identity.pid_namespace == NO_NAMESPACE
+        seen = replace(process(), pid_namespace=PidNamespace(4026531836))
+        await journal.remember_instance(seen, "vm1", HOST)
+        [known] = await journal.known_instances()
+        assert known.identity.pid_namespace == 4026531836
+        assert (await journal.verify()).ok
 
 
 async def test_the_same_news_again_writes_nothing(rig: JournalRig) -> None:

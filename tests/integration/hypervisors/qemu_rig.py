@@ -23,7 +23,7 @@ from tests.fakes import qmp_server
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
 from vmchannel_host.hypervisors.launch import Launcher
-from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id
+from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id, read_pid_namespace
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, ProcessIdentity, VmUuid
@@ -230,9 +230,17 @@ async def watching(
     start: dict[str, tuple[str, ...]] | None = None,
     executables: tuple[str, ...] = EXECUTABLES,
     timings: Timings = QUICK,
+    processes: ProcessTable | None = None,
 ) -> AsyncGenerator[Host, None]:
     """Run a hypervisor over the sockets of a directory."""
-    host = make_host(directory, sockets=sockets, start=start, executables=executables, timings=timings)
+    host = make_host(
+        directory,
+        sockets=sockets,
+        start=start,
+        executables=executables,
+        timings=timings,
+        processes=processes,
+    )
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(host.hypervisor.run(), name="hypervisor")
         collecting = tasks.create_task(host.collect(), name="collect")
@@ -250,9 +258,12 @@ def make_host(
     start: dict[str, tuple[str, ...]] | None = None,
     executables: tuple[str, ...] = EXECUTABLES,
     timings: Timings = QUICK,
+    processes: ProcessTable | None = None,
 ) -> Host:
     settings = QmpSettings(sockets=(str(directory / sockets),), scan_s=0.2, ask_s=1.0, timings=timings)
-    processes = ProcessTable(boot_id=read_boot_id(), executables=executables)
+    processes = processes or ProcessTable(
+        boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), executables=executables
+    )
     launcher = Launcher(start or {}, systemd=directory / "no-systemd", patience_s=1.0)
     return Host(QmpHypervisor(settings, host=HOST, processes=processes, launcher=launcher, clock=boottime))
 

@@ -13,8 +13,16 @@ import pytest
 
 from tests.integration.hypervisors.qemu_rig import Rig, boottime, make_host
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
-from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, VerifiedProcess, read_boot_id
+from vmchannel_host.hypervisors.process import (
+    ProcessGone,
+    ProcessTable,
+    VerifiedProcess,
+    read_boot_id,
+    read_pid_namespace,
+)
+from vmchannel_host.hypervisors.scanner import Scan, Scanner
 from vmchannel_host.model import NIL_UUID, BootId
 
 UUID = "6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11"
@@ -29,7 +37,16 @@ ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone: the leader
 
 
 def table(*executables: str) -> ProcessTable:
-    return ProcessTable(boot_id=BOOT, executables=executables or ("qemu-system-*",))
+    return ProcessTable(
+        boot_id=BOOT, pid_namespace=read_pid_namespace(), executables=executables or ("qemu-system-*",)
+    )
+
+
+def scan(*executables: str) -> Scan:
+    async def once() -> Scan:
+        return await Scanner(table(*executables), DetachedCalls()).scan(frozenset(), timeout_s=20)
+
+    return asyncio.run(once())
 
 
 def program(directory: Path) -> Path:
@@ -75,7 +92,7 @@ def test_a_process_whose_leader_has_exited_lives_until_its_last_thread(rig: Rig)
         try:
             while _state(child.pid) != "Z":
                 pass
-            (process,) = table("qemu-system-threads").scan(frozenset()).new
+            (process,) = scan("qemu-system-threads").new
             assert process.identity.pid == child.pid
             assert process.identity.vm_uuid == UUID
             assert not process.ended()
@@ -111,7 +128,7 @@ def test_an_exec_into_qemu_is_noticed_though_pid_and_start_time_stay(rig: Rig) -
     script = f"sleep 0.3; exec qemu-system-x86_64 {options}"
     with subprocess.Popen(["/bin/sh", "-c", script]) as child:
         try:
-            assert all(process.identity.pid != child.pid for process in _scan_and_close())
+            assert child.pid not in [process.identity.pid for process in _scan_and_close()]
             while not qmp.exists():
                 pass
             assert [p for p in _scan_and_close() if p.identity.pid == child.pid]
@@ -120,9 +137,9 @@ def test_an_exec_into_qemu_is_noticed_though_pid_and_start_time_stay(rig: Rig) -
 
 
 def _scan_and_close() -> list[VerifiedProcess]:
-    scan = table().scan(frozenset())
-    scan.close()
-    return scan.new
+    found = scan()
+    found.close()
+    return found.new
 
 
 def test_a_nil_uuid_is_no_identity(rig: Rig) -> None:

@@ -31,6 +31,7 @@ from vmchannel_host.model import (
     InstanceEnded,
     IoState,
     Migration,
+    PidNamespace,
     ProcessIdentity,
     RunState,
 )
@@ -298,6 +299,15 @@ def test_a_vm_that_is_seen_again_has_not_departed(registry: VmRegistry) -> None:
     registry.apply(seen(101))
     assert registry.departed(VM1) is None
     assert registry.ended(VM1) == ()
+
+
+def test_a_process_whose_record_lacks_the_namespace_is_recorded_again(registry: VmRegistry) -> None:
+    registry.apply(seen())
+    identity = replace(process(), pid_namespace=PidNamespace(4026531836))
+    (record,) = registry.apply(Seen(replace(instance(), identity=identity)))
+    assert isinstance(record, RememberInstance)
+    assert record.identity.pid_namespace == 4026531836
+    assert registry.apply(Seen(replace(instance(), identity=identity))) == ()
 
 
 @pytest.mark.parametrize("run_state", [RunState.PRELAUNCH, RunState.INMIGRATE, RunState.UNKNOWN])

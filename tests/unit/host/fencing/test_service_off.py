@@ -24,7 +24,7 @@ from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import OPERATOR, STRANGER, VM2, VM3, World, now, settled
 from vmchannel_host.config.model import Group
 from vmchannel_host.fencing.evidence import Rules
-from vmchannel_host.model import NIL_UUID, EndCause, IoState, Migration, RunState
+from vmchannel_host.model import NIL_UUID, EndCause, IoState, Migration, RunState, UnknownProcess
 
 
 def assert_off(answer: FenceAnswer, code: FenceCode = FenceCode.DONE) -> None:
@@ -204,6 +204,26 @@ async def test_s7_a_look_that_is_silent_about_another_vm_does_not_matter() -> No
         world.vm()
         await settled()
         world.hypervisor.silent = ((VM3, "monitor mute"),)
+        assert_off(await world.ask(FenceAction.OFF))
+
+
+@virtual_time
+async def test_s1_a_process_that_may_be_the_vms_is_no_proof_of_off() -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.hypervisor.unknown = (UnknownProcess("pid 7 cannot be identified", frozenset({VM3})),)
+        answer = await world.ask(FenceAction.OFF)
+    assert_not_claimed(answer)
+    assert "pid 7 cannot be identified" in answer.reason
+
+
+@virtual_time
+async def test_s7_an_unidentified_process_that_is_certainly_not_the_vms_does_not_matter() -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.hypervisor.unknown = (UnknownProcess("pid 7 cannot be identified", frozenset({VM2})),)
         assert_off(await world.ask(FenceAction.OFF))
 
 

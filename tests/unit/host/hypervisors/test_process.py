@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
 from vmchannel_host.hypervisors.process import (
     NotAVm,
     ProcessGone,
+    ProcessKey,
     ProcessTable,
     Unidentified,
     VerifiedProcess,
     parse_stat,
 )
-from vmchannel_host.model import BootId, EndProof, ProcessIdentity, VmUuid
+from vmchannel_host.hypervisors.scanner import Scan, Scanner
+from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
 
 UUID = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
 OTHER = VmUuid("11111111-2222-4333-8444-555555555555")
 QEMU = "/usr/bin/qemu-system-x86_64"
 BOOT = BootId("this-boot")
+SPACE = PidNamespace(4026532000)
 
 
 def stat_line(pid: int, start_time: int, *, command: str = "qemu", state: str = "S", threads: int = 1) -> str:
@@ -92,7 +97,10 @@ class Proc:
         return reader
 
     def table(self) -> ProcessTable:
-        return ProcessTable(boot_id=BOOT, proc=self.root, pidfd_open=self.pidfd_open)
+        return ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=self.root, pidfd_open=self.pidfd_open)
+
+    async def scan(self, known: frozenset[ProcessKey] = frozenset()) -> Scan:
+        return await Scanner(self.table(), DetachedCalls()).scan(known, timeout_s=20)
 
     def keep(self, process: VerifiedProcess) -> VerifiedProcess:
         self._opened.append(process)
@@ -125,11 +133,11 @@ def test_any_text_is_a_stat_line_or_refused(text: str) -> None:
         return
 
 
-def test_a_qemu_is_found_and_identified(proc: Proc) -> None:
+async def test_a_qemu_is_found_and_identified(proc: Proc) -> None:
     proc.add(10, start_time=77)
     proc.add(11, executable="/bin/sh", arguments=("sh",))
-    (process,) = proc.table().scan(frozenset()).new
-    assert proc.keep(process).identity == ProcessIdentity(10, 77, QEMU, UUID, BOOT)
+    (process,) = (await proc.scan()).new
+    assert proc.keep(process).identity == ProcessIdentity(10, 77, QEMU, UUID, BOOT, SPACE)
 
 
 @pytest.mark.parametrize("executable", ["/usr/libexec/qemu-kvm", "/usr/bin/kvm", "/x/qemu-system-aarch64"])
@@ -143,17 +151,17 @@ def test_a_qemu_whose_package_was_upgraded_keeps_its_identity(proc: Proc) -> Non
     assert proc.keep(proc.table().open(10)).identity.executable == QEMU
 
 
-def test_a_leader_that_has_exited_is_identified_by_its_living_threads(proc: Proc) -> None:
+async def test_a_leader_that_has_exited_is_identified_by_its_living_threads(proc: Proc) -> None:
     proc.add(10, executable=None, arguments=(), state="Z")
     proc.add_thread(10, 12)
-    (process,) = proc.table().scan(frozenset()).new
+    (process,) = (await proc.scan()).new
     assert proc.keep(process).identity.vm_uuid == UUID
 
 
-def test_a_zombie_without_threads_and_a_kernel_thread_are_no_vms(proc: Proc) -> None:
+async def test_a_zombie_without_threads_and_a_kernel_thread_are_no_vms(proc: Proc) -> None:
     proc.add(10, executable=None, arguments=(), state="Z")
     proc.add(11, executable=None, arguments=())
-    scan = proc.table().scan(frozenset())
+    scan = await proc.scan()
     assert scan.new == []
     assert scan.problems == []
 
@@ -172,49 +180,49 @@ def test_a_process_that_ends_while_it_is_identified_is_gone_and_gets_no_identity
         proc.end(pid)
         return pidfd
 
-    table = ProcessTable(boot_id=BOOT, proc=proc.root, pidfd_open=open_and_end)
+    table = ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=proc.root, pidfd_open=open_and_end)
     with pytest.raises(ProcessGone):
         table.open(10)
 
 
-def test_a_qemu_without_a_uuid_is_a_problem_that_names_it(proc: Proc) -> None:
+async def test_a_qemu_without_a_uuid_is_a_problem_that_names_it(proc: Proc) -> None:
     proc.add(10, arguments=("qemu", "-name", "nameless"))
-    scan = proc.table().scan(frozenset())
+    scan = await proc.scan()
     assert scan.new == []
     (problem,) = scan.problems
     assert "pid 10" in str(problem)
     assert "nameless" in str(problem)
 
 
-def test_a_qemu_with_two_uuids_makes_both_vms_uncertain(proc: Proc) -> None:
+async def test_a_qemu_with_two_uuids_makes_both_vms_uncertain(proc: Proc) -> None:
     proc.add(10, arguments=("qemu", "-uuid", UUID, "-uuid", OTHER))
-    (problem,) = proc.table().scan(frozenset()).problems
+    (problem,) = (await proc.scan()).problems
     assert problem.vm_uuids == (UUID, OTHER)
 
 
-def test_a_qemu_that_only_shows_capabilities_is_ignored(proc: Proc) -> None:
+async def test_a_qemu_that_only_shows_capabilities_is_ignored(proc: Proc) -> None:
     proc.add(10, arguments=("qemu", "-S", "-machine", "none"))
-    scan = proc.table().scan(frozenset())
+    scan = await proc.scan()
     assert (scan.new, scan.problems) == ([], [])
 
 
-def test_a_qemu_without_a_readable_command_line_is_a_problem_not_nothing(proc: Proc) -> None:
+async def test_a_qemu_without_a_readable_command_line_is_a_problem_not_nothing(proc: Proc) -> None:
     proc.add(10, arguments=())
-    (problem,) = proc.table().scan(frozenset()).problems
+    (problem,) = (await proc.scan()).problems
     assert "pid 10" in str(problem)
 
 
-def test_a_known_process_is_seen_again_and_one_that_became_another_program_is_lost(proc: Proc) -> None:
+async def test_a_known_process_is_seen_again_and_one_that_became_another_program_is_lost(proc: Proc) -> None:
     proc.add(10)
     proc.add(11, executable="/bin/true")
-    scan = proc.table().scan(frozenset({(10, 100), (11, 100), (12, 100)}))
+    scan = await proc.scan(frozenset({(10, 100), (11, 100), (12, 100)}))
     assert scan.new == []
     assert scan.lost == {(11, 100), (12, 100)}
 
 
-def test_a_recycled_pid_is_a_new_process(proc: Proc) -> None:
+async def test_a_recycled_pid_is_a_new_process(proc: Proc) -> None:
     proc.add(10, start_time=200)
-    scan = proc.table().scan(frozenset({(10, 100)}))
+    scan = await proc.scan(frozenset({(10, 100)}))
     assert [proc.keep(process).key for process in scan.new] == [(10, 200)]
     assert scan.lost == {(10, 100)}
 
@@ -222,15 +230,15 @@ def test_a_recycled_pid_is_a_new_process(proc: Proc) -> None:
 def test_a_proc_that_hides_processes_proves_nothing(tmp_path: Path) -> None:
     (tmp_path / "10").mkdir()
     with pytest.raises(HypervisorError, match="hides"):
-        ProcessTable(boot_id=BOOT, proc=tmp_path).scan(frozenset())
+        ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=tmp_path).sieve(frozenset())
 
 
 def test_a_proc_that_cannot_be_listed_proves_nothing(tmp_path: Path) -> None:
     with pytest.raises(HypervisorError):
-        ProcessTable(boot_id=BOOT, proc=tmp_path / "none").scan(frozenset())
+        ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=tmp_path / "none").sieve(frozenset())
 
 
-IDENTITY = ProcessIdentity(10, 100, QEMU, UUID, BOOT)
+IDENTITY = ProcessIdentity(10, 100, QEMU, UUID, BOOT, SPACE)
 
 
 def test_a_recorded_process_that_lives_is_not_absent(proc: Proc) -> None:
@@ -255,13 +263,35 @@ def test_a_pid_that_belongs_to_a_thread_now_is_absence(proc: Proc, code: int) ->
 
 def test_another_boot_of_the_kernel_is_a_proof_of_its_own(proc: Proc) -> None:
     proc.add(10)
-    before = ProcessIdentity(10, 100, QEMU, UUID, BootId("earlier-boot"))
+    before = ProcessIdentity(10, 100, QEMU, UUID, BootId("earlier-boot"), SPACE)
     assert proc.table().absence(before) is EndProof.OTHER_BOOT
+
+
+@pytest.mark.parametrize("there", [PidNamespace(4026531836), NO_NAMESPACE])
+def test_s1_a_pid_says_nothing_in_another_namespace_than_the_one_it_was_recorded_in(
+    proc: Proc, there: PidNamespace
+) -> None:
+    recorded = replace(IDENTITY, pid_namespace=there)
+    with pytest.raises(HypervisorError, match="namespace"):
+        proc.table().absence(recorded)
+    proc.add(10)
+    with pytest.raises(HypervisorError, match="namespace"):
+        proc.table().absence(recorded)
+
+
+def test_another_boot_proves_the_end_whatever_the_namespace(proc: Proc) -> None:
+    before = replace(IDENTITY, boot_id=BootId("earlier-boot"), pid_namespace=PidNamespace(1))
+    assert proc.table().absence(before) is EndProof.OTHER_BOOT
+
+
+def test_the_namespace_is_no_part_of_what_makes_two_records_one_process() -> None:
+    """A record of an earlier version has none, and its process is seen again."""
+    assert replace(IDENTITY, pid_namespace=NO_NAMESPACE) == IDENTITY
 
 
 def test_a_record_without_a_pid_proves_nothing(proc: Proc) -> None:
     with pytest.raises(HypervisorError, match="no process"):
-        proc.table().absence(ProcessIdentity(0, 100, QEMU, UUID, BOOT))
+        proc.table().absence(ProcessIdentity(0, 100, QEMU, UUID, BOOT, SPACE))
 
 
 def test_a_refused_pidfd_proves_nothing(proc: Proc) -> None:

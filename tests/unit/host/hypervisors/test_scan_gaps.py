@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.host.hypervisors.test_process import BOOT, Proc
-from vmchannel_host.hypervisors.process import ProcessTable, Scan
+from tests.unit.host.hypervisors.test_process import BOOT, SPACE, Proc
+from vmchannel_host.hypervisors.detached import DetachedCalls
+from vmchannel_host.hypervisors.process import ProcessTable
+from vmchannel_host.hypervisors.scanner import Scanner
 
 
 class ForkingTable(ProcessTable):
     """Just before a process gets its turn in a scan, something happens."""
 
     def __init__(self, proc: Proc, before: dict[int, Callable[[], None]]) -> None:
-        super().__init__(boot_id=BOOT, proc=proc.root, pidfd_open=proc.pidfd_open)
+        super().__init__(boot_id=BOOT, pid_namespace=SPACE, proc=proc.root, pidfd_open=proc.pidfd_open)
         self._before = before
         self.listings = 0
 
@@ -25,9 +27,9 @@ class ForkingTable(ProcessTable):
         self._before.pop(pid, lambda: None)()
         return super()._executable(pid)
 
-    def _pids(self) -> list[int]:
+    def _pids(self) -> frozenset[int]:
         self.listings += 1
-        return sorted(super()._pids())
+        return super()._pids()
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def proc(tmp_path: Path) -> Iterator[Proc]:
     made.close()
 
 
-def kept(proc: Proc, scan: Scan) -> list[int]:
+async def found(proc: Proc, table: ForkingTable) -> list[int]:
+    scan = await Scanner(table, DetachedCalls()).scan(frozenset(), timeout_s=20)
     return [proc.keep(process).identity.pid for process in scan.new]
 
 
@@ -52,34 +55,36 @@ def forks(proc: Proc, parent: int, child: int, *, reaped: bool) -> Callable[[], 
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_a_qemu_that_forks_and_leaves_during_the_scan_is_found_in_its_child(proc: Proc, reaped: bool) -> None:
+async def test_a_qemu_that_forks_and_leaves_during_the_scan_is_found_in_its_child(
+    proc: Proc, reaped: bool
+) -> None:
     """`-daemonize` forks twice; the child was not there when /proc was listed."""
     proc.add(50)
     before = {50: forks(proc, 50, 40, reaped=reaped), 40: forks(proc, 40, 60, reaped=reaped)}
-    assert kept(proc, ForkingTable(proc, before).scan(frozenset())) == [60]
+    assert await found(proc, ForkingTable(proc, before)) == [60]
 
 
-def test_processes_that_come_and_go_do_not_hold_up_the_scan(proc: Proc) -> None:
+async def test_processes_that_come_and_go_do_not_hold_up_the_scan(proc: Proc) -> None:
     before: dict[int, Callable[[], None]] = {}
     for pid in range(50, 150):
         before[pid] = forks(proc, pid, pid + 1, reaped=True)
     proc.add(50)
     table = ForkingTable(proc, before)
-    kept(proc, table.scan(frozenset()))
+    await found(proc, table)
     assert table.listings < 20
 
 
-def test_a_quiet_host_is_listed_once(proc: Proc) -> None:
+async def test_a_quiet_host_is_listed_once(proc: Proc) -> None:
     proc.add(50)
     table = ForkingTable(proc, {})
-    assert kept(proc, table.scan(frozenset())) == [50]
+    assert await found(proc, table) == [50]
     assert table.listings == 1
 
 
-def test_one_that_was_reaped_by_nobody_costs_one_more_listing(proc: Proc) -> None:
+async def test_one_that_was_reaped_by_nobody_costs_one_more_listing(proc: Proc) -> None:
     proc.add(50, executable=None, arguments=(), state="Z")
     table = ForkingTable(proc, {})
-    assert kept(proc, table.scan(frozenset())) == []
+    assert await found(proc, table) == []
     assert table.listings == 2
 
 
