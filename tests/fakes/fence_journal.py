@@ -41,6 +41,7 @@ class FakeJournal:
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
         self.hung: Callable[[str], bool] = lambda _: False
+        self.late: Callable[[str], bool] = lambda _: False  # stored, though the call's time was over
         self.slow: Callable[[str], float] = lambda _: 0.001  # seconds that a write takes
         self.hook: Callable[[str], None] = lambda _: None  # called before each write
 
@@ -55,6 +56,8 @@ class FakeJournal:
         self.records.append(
             Record(len(self.records) + 1, 0.0, self.clock(), self.boot_id, kind, operation, dict(body))
         )
+        if self.late(kind):
+            raise JournalBusy("the disk does not answer")
         return len(self.records)
 
     async def operations(self, limit: int = 50, *, timeout_s: float = 5.0) -> list[OperationRows]:
@@ -129,7 +132,9 @@ class FakeJournal:
 
     async def remember_answer(self, request_id: bytes, answer: bytes, *, timeout_s: float = 5.0) -> None:
         await self._write("remember_answer", timeout_s)
-        one = self.requests[request_id]
+        one = self.requests.get(request_id)
+        if one is None:
+            raise JournalMisuse("the request is not stored")
         self.requests[request_id] = StoredRequest(
             one.request_id, one.requester, one.digest, one.operation, one.deadline, one.boot_id, answer
         )

@@ -381,6 +381,8 @@ class FenceService:
         try:
             await self._journal.remember_answer(answer.request_id, encode_message(answer))
         except JournalError as error:
+            if not answer.ok:
+                return answer  # it claims nothing, and there may be no request to store it with
             reason = f"{answer.reason}; but the journal cannot take the answer: {error}"
             return replace(answer, ok=False, code=FenceCode.FAILED, state=PowerState.UNKNOWN, reason=reason)
         return answer
