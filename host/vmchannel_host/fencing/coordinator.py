@@ -18,6 +18,7 @@ from vmchannel_host.bus import Delivered as BusDelivered
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.events import Delivered, Joined, TakenOver
 from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Process, StartReport
+from vmchannel_host.fencing.past import PastOperation
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
@@ -60,35 +61,6 @@ class RunningOperation:
     begun_at: float  # CLOCK_BOOTTIME, seconds
     end: float
     lines: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Past:
-    """An operation as the journal holds it."""
-
-    operation: OperationId
-    vm: VmUuid  # "" when the intent cannot be read
-    body: codec.Body  # of the intent
-    begun: int  # number of the record that says that it began; 0: none does
-    phases: tuple[str, ...]  # the first says that it began
-    outcome: Record | None
-
-    @classmethod
-    def read(cls, operation: OperationId, records: Sequence[Record]) -> _Past:
-        body, vm = records[0].body, records[0].body.get("vm")
-        phases = [one for one in records if one.kind == codec.PHASE]
-        return cls(
-            operation,
-            VmUuid(vm if isinstance(vm, str) else ""),
-            body,
-            phases[0].seq if phases else 0,
-            tuple(str(one.body.get("phase")) for one in phases),
-            next((one for one in records if one.kind == codec.OUTCOME), None),
-        )
-
-    def order(self) -> int:
-        """Sorts operations by when they began."""
-        return self.begun
 
 
 class Coordinator:
@@ -198,14 +170,16 @@ class Coordinator:
             JournalError: the journal cannot be read or written; serve no requests.
         """
         await self._shell.tasks.opened()
-        past: list[_Past] = []
+        past: list[PastOperation] = []
         for row in await self._shell.journal.operations(RESUME_LIMIT):
             if row.first.kind == codec.INTENT:
                 records = await self._shell.journal.operation(row.operation)
-                past.append(_Past.read(row.operation, records))
+                past.append(PastOperation.read(row.operation, records))
                 self._expect_start(row.operation, records)
-        last = {one.vm: one for one in sorted(past, key=_Past.order) if one.phases}
-        for one in sorted(past, key=_Past.order):  # after all starts: an `off` may wait for a later one
+        last = {one.vm: one for one in sorted(past, key=PastOperation.order) if one.phases}
+        for one in sorted(
+            past, key=PastOperation.order
+        ):  # after all starts: an `off` may wait for a later one
             if one.outcome is None:
                 await self._take_up(one, last.get(one.vm))
             elif one.phases and one.outcome.boot_id == self._boot_id:
@@ -279,7 +253,7 @@ class Coordinator:
             await self._wait(run, intent.end)
         shell.bus.publish(StartReport(intent.operation, shell.bus.host))
 
-    async def _take_up(self, past: _Past, last: _Past | None) -> None:
+    async def _take_up(self, past: PastOperation, last: PastOperation | None) -> None:
         operation = past.operation
         try:
             phase = Phase(past.phases[-1]) if past.phases else Phase.BEGUN
