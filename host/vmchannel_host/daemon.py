@@ -338,7 +338,7 @@ class Daemon:
         while True:
             try:
                 await journal.prune(self._settings.config.journal.keep_s)
-                self._health.journal = "ok"
+                self._health.journal = journal.short or "ok"
             except JournalError as error:
                 self._health.journal = str(error)
                 _log.error("journal: %s", error)

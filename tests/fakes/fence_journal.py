@@ -11,6 +11,7 @@ from vmchannel_host.journal.types import (
     JournalBusy,
     JournalFull,
     JournalMisuse,
+    JournalShort,
     Json,
     KnownInstance,
     OperationRows,
@@ -40,6 +41,7 @@ class FakeJournal:
         self.requests: dict[bytes, StoredRequest] = {}
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
+        self.short = ""  # why only what an `off` needs is taken
         self.hung: Callable[[str], bool] = lambda _: False
         self.late: Callable[[str], bool] = lambda _: False  # stored, though the call's time was over
         self.slow: Callable[[str], float] = lambda _: 0.001  # seconds that a write takes
@@ -50,8 +52,15 @@ class FakeJournal:
         return [one.kind for one in self.records if operation is None or one.operation == operation]
 
     async def append(
-        self, kind: str, operation: OperationId, body: Mapping[str, Json], *, timeout_s: float = 5.0
+        self,
+        kind: str,
+        operation: OperationId,
+        body: Mapping[str, Json],
+        *,
+        if_room: bool = False,
+        timeout_s: float = 5.0,
     ) -> int:
+        self._need_room(if_room)
         await self._write(kind, timeout_s)
         self.records.append(
             Record(len(self.records) + 1, 0.0, self.clock(), self.boot_id, kind, operation, dict(body))
@@ -121,8 +130,10 @@ class FakeJournal:
         operation: OperationId,
         deadline: float,
         *,
+        if_room: bool = False,
         timeout_s: float = 5.0,
     ) -> None:
+        self._need_room(if_room)
         await self._write("remember_request", timeout_s)
         if request_id in self.requests:
             raise JournalMisuse("the id is stored already")
@@ -154,11 +165,16 @@ class FakeJournal:
         *,
         timeout_s: float = 5.0,
     ) -> None:
+        self._need_room(True)
         await self._write("remember_alias", timeout_s)
         self.stored_aliases.append(StoredAlias(vm_uuid, node_name, source, claimed_at, refused))
 
     async def aliases(self, *, timeout_s: float = 5.0) -> list[StoredAlias]:
         return list(self.stored_aliases)
+
+    def _need_room(self, if_room: bool) -> None:
+        if if_room and self.short:
+            raise JournalShort(self.short)
 
     async def _write(self, what: str, timeout_s: float) -> None:
         self.hook(what)

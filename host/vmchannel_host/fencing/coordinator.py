@@ -111,7 +111,9 @@ class Coordinator:
         intent = self._intent(order, operation)
         body = codec.intent_body(intent)
         # One commit of the journal takes both; the request first: an intent without it could be asked again.
-        record = self._shell.journal.append(codec.INTENT, operation, body)
+        # On a full disk what room is left is kept for `off`.
+        if_room = order.action is not FenceAction.OFF
+        record = self._shell.journal.append(codec.INTENT, operation, body, if_room=if_room)
         problems = [
             one
             for one in await asyncio.gather(remember, record, return_exceptions=True)

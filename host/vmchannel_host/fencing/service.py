@@ -359,7 +359,12 @@ class FenceService:
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         operation = OperationId(self._random_bytes(8).hex())
         remember = self._journal.remember_request(
-            request.request_id, requester.key, flight.digest, operation, window.deadline
+            request.request_id,
+            requester.key,
+            flight.digest,
+            operation,
+            window.deadline,
+            if_room=request.action is not FenceAction.OFF,
         )
         order = Order(
             action=request.action,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fence_vmchannel.messages import FenceAction, FenceCode
+from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import VM2, World, settled
 from vmchannel_host.model import RunState
@@ -69,6 +69,43 @@ async def test_a_reset_that_cannot_be_recorded_is_not_carried_out() -> None:
         full_after_the_beginning(world)
         assert not (await world.ask(FenceAction.REBOOT)).ok
         assert world.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("action", [FenceAction.ON, FenceAction.REBOOT])
+@virtual_time
+async def test_on_a_full_disk_on_and_reboot_are_refused_with_that_reason(action: FenceAction) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(action)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+        assert "the disk is full" in answer.reason
+        assert world.hypervisor.acts == []
+        assert (world.journal.records, world.journal.requests) == ([], {})  # it takes nothing of the room
+
+
+@virtual_time
+async def test_on_a_full_disk_off_goes_on_and_leaves_everything_that_proves_it() -> None:
+    async with World().running() as world:
+        identity = world.vm()
+        await settled()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
+        assert world.journal.known[identity].end is not None
+        assert world.journal.kinds()[-1] == "fence.outcome"
+        assert len(world.journal.requests) == 1
+
+
+@virtual_time
+async def test_on_a_full_disk_monitor_says_what_can_be_done() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(FenceAction.MONITOR, "")
+        assert (answer.ok, answer.code) == (True, FenceCode.DONE)
+        assert "only off" in answer.reason
 
 
 @virtual_time

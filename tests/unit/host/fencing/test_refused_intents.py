@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An intent that was refused is never acted on, though its refusal was not recorded and the daemon restarts."""
+"""An intent that was refused is never acted on, though its refusal was lost and the daemon restarts."""
 
 from __future__ import annotations
 
