@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from vmchannel_host.journal.types import (
     JournalBusy,
+    JournalError,
     JournalFull,
     JournalMisuse,
     JournalShort,
@@ -41,6 +42,7 @@ class FakeJournal:
         self.requests: dict[bytes, StoredRequest] = {}
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
+        self.problem = ""  # why nothing can be done
         self.short = ""  # why only what an `off` needs is taken
         self.hung: Callable[[str], bool] = lambda _: False
         self.late: Callable[[str], bool] = lambda _: False  # stored, though the call's time was over
@@ -68,6 +70,10 @@ class FakeJournal:
         if self.late(kind):
             raise JournalBusy("the disk does not answer")
         return len(self.records)
+
+    async def check(self, *, timeout_s: float = 5.0) -> None:
+        if self.problem or self.full("check"):
+            raise JournalError(self.problem or "the journal cannot be read")
 
     async def operations(self, limit: int = 50, *, timeout_s: float = 5.0) -> list[OperationRows]:
         rows: dict[OperationId, list[Record]] = {}
@@ -151,6 +157,8 @@ class FakeJournal:
         )
 
     async def request(self, request_id: bytes, *, timeout_s: float = 5.0) -> StoredRequest | None:
+        if self.problem:
+            raise JournalError(self.problem)
         if self.full("request"):
             raise JournalFull("the journal cannot be read")
         return self.requests.get(request_id)
@@ -178,6 +186,8 @@ class FakeJournal:
 
     async def _write(self, what: str, timeout_s: float) -> None:
         self.hook(what)
+        if self.problem:
+            raise JournalError(self.problem)
         if self.full(what):
             raise JournalFull("no space left on device")
         if self.hung(what):

@@ -2,7 +2,7 @@
 """Questions about power states: status, list, monitor. They change nothing.
 
 A cache may answer ON only. OFF is the same claim as a finished `off` and needs the same evidence (S0): a
-fresh look and `evidence.off_doubt`. Whatever is between is UNKNOWN.
+fresh look, records that can be read, and `evidence.off_doubt`. Whatever is between is UNKNOWN.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Questions:
         try:
             self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
             asked_at, look = await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
+            await self._journal.check()
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.FAILED, _look_failed(error))
         return self._judge(vm, name, self._instances.facts(vm, name, asked_at, look))
@@ -113,6 +114,7 @@ class Questions:
             self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
         try:
             asked_at, look = await self._look.look(timeout_s=timeout_s)
+            await self._journal.check()
         except (HypervisorError, JournalError, TimeoutError):
             return states
         for one in wanted:

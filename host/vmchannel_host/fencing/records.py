@@ -39,6 +39,15 @@ class OperationLog(Protocol):
         """Add a record; return its sequence number. `if_room`: not in the room that is kept for `off`."""
         ...
 
+    @property
+    def problem(self) -> str:
+        """Why every call fails; "" while they can succeed."""
+        ...
+
+    async def check(self, *, timeout_s: float = ...) -> None:
+        """Raise `JournalError` unless the journal can be read now."""
+        ...
+
     async def operations(self, limit: int = ..., *, timeout_s: float = ...) -> list[OperationRows]:
         """The latest operations, newest first, each with its first and last record."""
         ...

@@ -338,6 +338,9 @@ class FenceService:
 
     async def _process(self, flight: _Flight) -> FenceAnswer:
         request, requester, window = flight.request, flight.requester, flight.window
+        if self._journal.problem:
+            reason = f"the journal fails, so nothing is done: {self._journal.problem}"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         if not await self._coordinator.resumed(window.end):
             reason = "the host daemon has just started and takes up what it left; nothing was done"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)

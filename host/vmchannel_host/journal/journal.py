@@ -53,7 +53,7 @@ class Journal:
     def __init__(self, thread: StoreThread, store: JournalStore) -> None:
         """Use `open`."""
         self._thread = thread
-        self._store = store  # belongs to the thread: read here are two plain values only
+        self._store = store  # belongs to the thread: read here are three plain values only
         self._path = store.settings.path
         self._verifier = store.signer.verifier
         self._wall_clock = store.settings.wall_clock
@@ -114,6 +114,10 @@ class Journal:
     def short(self) -> str:
         """Why only what an `off` needs can be stored (`JournalShort`); "" while there is room for all."""
         return self._store.short
+
+    async def check(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Raise `JournalError` unless the journal is there and can be read. Writes nothing."""
+        await self._call(lambda store: store.check(), timeout_s)
 
     # the chain
     async def append(

@@ -131,6 +131,10 @@ class JournalStore:
         if empty:
             void_log(path)
 
+    def check(self) -> None:
+        """Read the head; inside a transaction, which finds a file that was removed or replaced."""
+        read_head(self.connection, self.settings.path)
+
     def make_room(self) -> None:
         """Make sure of the room that is kept for `off`, outside a transaction; `short` tells."""
         if self._broken is not None:

@@ -138,10 +138,9 @@ def _carry_out(store: JournalStore, jobs: list[_Job[object]]) -> None:
                 _carry_out(store, [job])
             return
         if not isinstance(error, JournalError):
-            logger.exception("journal call failed")
-        jobs[0].future.set_exception(
-            error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
-        )
+            logger.debug("journal call failed", exc_info=True)  # one line of it is in the caller's hands
+            error = JournalError(f"internal error: {error!r}")
+        jobs[0].future.set_exception(error)
         return
     for job in jobs:
         job.deliver()

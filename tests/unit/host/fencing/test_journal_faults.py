@@ -7,7 +7,7 @@ import pytest
 
 from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.fakes.virtual_time import virtual_time
-from tests.unit.host.fencing.world import VM2, World, settled
+from tests.unit.host.fencing.world import VM1, VM2, World, settled
 from vmchannel_host.model import RunState
 
 
@@ -118,3 +118,31 @@ async def test_an_instance_that_could_not_be_recorded_is_recorded_before_anythin
         world.journal.full = lambda _: False
         assert (await world.ask(FenceAction.OFF)).ok
         assert len(world.journal.known) == 1
+
+
+@pytest.mark.parametrize("action", [FenceAction.OFF, FenceAction.ON, FenceAction.REBOOT, FenceAction.MONITOR])
+@virtual_time
+async def test_a_journal_that_cannot_be_used_refuses_everything_and_says_why(action: FenceAction) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.problem = "the disk failed"
+        answer = await world.ask(action)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+        assert "the disk failed" in answer.reason
+        assert world.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("action", [FenceAction.STATUS, FenceAction.LIST])
+@virtual_time
+async def test_without_its_records_no_vm_is_called_off_though_a_look_finds_none(action: FenceAction) -> None:
+    async with World().running() as world:
+        await world.vm_off()
+        world.vm(VM1, "vm1")
+        await settled()
+        world.journal.full = lambda what: what == "check"
+        answer = await world.ask(action, "vm2" if action is FenceAction.STATUS else "")
+        states = {one.plug: one.state for one in answer.targets} or {"vm2": answer.state}
+        assert states["vm2"] is PowerState.UNKNOWN
+        assert states.get("vm1", PowerState.ON) is PowerState.ON
+        assert (await world.ask(FenceAction.STATUS, "vm1")).state is PowerState.ON
