@@ -52,7 +52,8 @@ from vmchannel_host.hypervisors.process import (
 )
 from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.journal.journal import Journal
-from vmchannel_host.journal.types import JournalError
+from vmchannel_host.journal.types import JournalError, JournalLocked
+from vmchannel_host.journal.unusable import UnusableJournal
 from vmchannel_host.model import PidNamespace, VmUuid
 from vmchannel_host.notify import Notifier
 from vmchannel_host.pace import Pace
@@ -195,13 +196,7 @@ class Daemon:
         try:
             config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            journal = await Journal.open(
-                config.paths.state / "journal.db",
-                config.paths.state / "journal.key",
-                boot_id=self._parts.processes.boot_id,
-                wall_clock=self._parts.wall_clock,
-                boottime=self._parts.clock,
-            )
+            journal = await self._open_journal(config)
         except (JournalError, OSError) as error:
             raise StartError(str(error)) from error
         try:
@@ -209,11 +204,28 @@ class Daemon:
         finally:
             await journal.close()
 
+    async def _open_journal(self, config: HostConfig) -> Journal:
+        """One that cannot be used is taken too: whoever asks for a fence or for what is wrong is told why."""
+        try:
+            return await Journal.open(
+                config.paths.state / "journal.db",
+                config.paths.state / "journal.key",
+                boot_id=self._parts.processes.boot_id,
+                wall_clock=self._parts.wall_clock,
+                boottime=self._parts.clock,
+            )
+        except JournalLocked:
+            raise
+        except JournalError as error:
+            _log.error("every fence is refused until the journal is mended and the daemon started: %s", error)
+            return UnusableJournal(error)
+
     async def _run_with(self, journal: Journal) -> None:
         core = self._build_core(journal)
         try:
-            await core.instances.restore()
-            core.names.restore(await journal.aliases())
+            if not journal.problem:
+                await core.instances.restore()
+                core.names.restore(await journal.aliases())
         except JournalError as error:
             raise StartError(f"the journal cannot be read: {error}") from error
         self._coordinator = core.coordinator
@@ -356,8 +368,9 @@ class Daemon:
                 group.create_task(self._follow_journal(core.journal), name="journal check")
                 group.create_task(self._feed_watchdog(), name="watchdog")
                 try:
-                    await self._first_look(instances)
-                    await coordinator.resume()
+                    if not core.journal.problem:
+                        await self._first_look(instances)
+                        await coordinator.resume()
                     hub.serve(str(self._settings.config.paths.host_socket), mode=0o660)
                     await admin.start()
                 except (JournalError, LinkError, AdminSocketError) as error:
@@ -400,7 +413,7 @@ class Daemon:
         while True:
             try:
                 await journal.prune(self._settings.config.journal.keep_s)
-                self._health.journal = "ok"
+                self._health.journal = journal.short or "ok"
             except JournalError as error:
                 self._health.journal = str(error)
                 _log.error("journal: %s", error)

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 from vmchannel_host.journal.types import (
     JournalBusy,
+    JournalError,
     JournalFull,
     JournalMisuse,
+    JournalShort,
     Json,
     KnownInstance,
     OperationRows,
@@ -40,7 +42,10 @@ class FakeJournal:
         self.requests: dict[bytes, StoredRequest] = {}
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
+        self.problem = ""  # why nothing can be done
+        self.short = ""  # why only what an `off` needs is taken
         self.hung: Callable[[str], bool] = lambda _: False
+        self.late: Callable[[str], bool] = lambda _: False  # stored, though the call's time was over
         self.slow: Callable[[str], float] = lambda _: 0.001  # seconds that a write takes
         self.hook: Callable[[str], None] = lambda _: None  # called before each write
 
@@ -49,13 +54,26 @@ class FakeJournal:
         return [one.kind for one in self.records if operation is None or one.operation == operation]
 
     async def append(
-        self, kind: str, operation: OperationId, body: Mapping[str, Json], *, timeout_s: float = 5.0
+        self,
+        kind: str,
+        operation: OperationId,
+        body: Mapping[str, Json],
+        *,
+        if_room: bool = False,
+        timeout_s: float = 5.0,
     ) -> int:
+        self._need_room(if_room)
         await self._write(kind, timeout_s)
         self.records.append(
             Record(len(self.records) + 1, 0.0, self.clock(), self.boot_id, kind, operation, dict(body))
         )
+        if self.late(kind):
+            raise JournalBusy("the disk does not answer")
         return len(self.records)
+
+    async def check(self, *, timeout_s: float = 5.0) -> None:
+        if self.problem or self.full("check"):
+            raise JournalError(self.problem or "the journal cannot be read")
 
     async def operations(self, limit: int = 50, *, timeout_s: float = 5.0) -> list[OperationRows]:
         rows: dict[OperationId, list[Record]] = {}
@@ -125,8 +143,10 @@ class FakeJournal:
         operation: OperationId,
         deadline: float,
         *,
+        if_room: bool = False,
         timeout_s: float = 5.0,
     ) -> None:
+        self._need_room(if_room)
         await self._write("remember_request", timeout_s)
         if request_id in self.requests:
             raise JournalMisuse("the id is stored already")
@@ -142,12 +162,16 @@ class FakeJournal:
 
     async def remember_answer(self, request_id: bytes, answer: bytes, *, timeout_s: float = 5.0) -> None:
         await self._write("remember_answer", timeout_s)
-        one = self.requests[request_id]
+        one = self.requests.get(request_id)
+        if one is None:
+            raise JournalMisuse("the request is not stored")
         self.requests[request_id] = StoredRequest(
             one.request_id, one.requester, one.digest, one.operation, one.deadline, one.boot_id, answer
         )
 
     async def request(self, request_id: bytes, *, timeout_s: float = 5.0) -> StoredRequest | None:
+        if self.problem:
+            raise JournalError(self.problem)
         if self.full("request"):
             raise JournalFull("the journal cannot be read")
         return self.requests.get(request_id)
@@ -162,14 +186,21 @@ class FakeJournal:
         *,
         timeout_s: float = 5.0,
     ) -> None:
+        self._need_room(True)
         await self._write("remember_alias", timeout_s)
         self.stored_aliases.append(StoredAlias(vm_uuid, node_name, source, claimed_at, refused))
 
     async def aliases(self, *, timeout_s: float = 5.0) -> list[StoredAlias]:
         return list(self.stored_aliases)
 
+    def _need_room(self, if_room: bool) -> None:
+        if if_room and self.short:
+            raise JournalShort(self.short)
+
     async def _write(self, what: str, timeout_s: float) -> None:
         self.hook(what)
+        if self.problem:
+            raise JournalError(self.problem)
         if self.full(what):
             raise JournalFull("no space left on device")
         if self.hung(what):

@@ -18,10 +18,11 @@ from vmchannel_host.bus import Delivered as BusDelivered
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.events import Delivered, Joined, TakenOver
 from vmchannel_host.fencing.ordered import Intent, Ordered, Outcome, Phase, Process, StartReport
+from vmchannel_host.fencing.past import PastOperation
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
-from vmchannel_host.journal.types import OperationRows, Record
+from vmchannel_host.journal.types import Record
 from vmchannel_host.model import BootId, OperationId, RunState, VmUuid
 
 RESUME_LIMIT: Final = 1000
@@ -110,19 +111,22 @@ class Coordinator:
         intent = self._intent(order, operation)
         body = codec.intent_body(intent)
         # One commit of the journal takes both; the request first: an intent without it could be asked again.
-        record = self._shell.journal.append(codec.INTENT, operation, body)
+        # On a full disk what room is left is kept for `off`.
+        if_room = order.action is not FenceAction.OFF
+        record = self._shell.journal.append(codec.INTENT, operation, body, if_room=if_room)
         problems = [
             one
             for one in await asyncio.gather(remember, record, return_exceptions=True)
             if isinstance(one, BaseException)
         ]
+        if problems:
+            # Should the intent be stored all the same, it says nothing: only what has begun is ever taken up.
+            reason = f"the journal cannot take the request, so nothing is done: {problems[0]}"
+            return failed(operation, FenceCode.UNAVAILABLE, reason)
         run = self._new_run(intent)
         run.listeners.append(progress)
         reason = may_begin()
-        if problems:
-            reason = f"the journal cannot take the request, so nothing is done: {problems[0]}"
-            run.end(failed(operation, FenceCode.UNAVAILABLE, reason))
-        elif reason:
+        if reason:
             run.end(failed(operation, FenceCode.STALE, reason))
         elif self._shell.clock() >= order.end:
             run.end(failed(operation, FenceCode.STALE, "time was over before anything was done"))
@@ -153,7 +157,11 @@ class Coordinator:
         return None
 
     async def resume(self) -> None:
-        """Take up what the journal holds without an outcome, after a restart.
+        """Take up what had begun and has no outcome in the journal, after a restart.
+
+        An intent says only that somebody asked: it may have been refused since, and that be lost. What is not
+        recorded as begun has done nothing, and never will (S6). Of each VM the last that began is taken up:
+        an earlier one had ended, since there is one at a time (S12), and may have been taken over.
 
         An `off` is run again until its end, and so is a reboot or `on` that had not acted, or had begun to
         destroy; one whose start may have run is only looked at; a reset that may have run has failed. A start
@@ -164,22 +172,20 @@ class Coordinator:
             JournalError: the journal cannot be read or written; serve no requests.
         """
         await self._shell.tasks.opened()
-        past: list[tuple[OperationRows, Record | None, list[str]]] = []
-        for row in reversed(await self._shell.journal.operations(RESUME_LIMIT)):
-            if row.first.kind != codec.INTENT:
-                continue
-            records = await self._shell.journal.operation(row.operation)
-            outcome = next((one for one in records if one.kind == codec.OUTCOME), None)
-            past.append(
-                (row, outcome, [str(one.body.get("phase")) for one in records if one.kind == codec.PHASE])
-            )
-            self._expect_start(row.operation, records)
-        for row, outcome, phases in past:  # after all starts: an `off` may come before the one it waits for
-            vm = row.first.body.get("vm")
-            if outcome is None:
-                await self._take_up(row.operation, row.first.body, phases)
-            elif outcome.boot_id == self._boot_id and isinstance(vm, str):
-                self._schedule.end(row.operation, VmUuid(vm), outcome.boottime)
+        past: list[PastOperation] = []
+        for row in await self._shell.journal.operations(RESUME_LIMIT):
+            if row.first.kind == codec.INTENT:
+                records = await self._shell.journal.operation(row.operation)
+                past.append(PastOperation.read(row.operation, records))
+                self._expect_start(row.operation, records)
+        last = {one.vm: one for one in sorted(past, key=PastOperation.order) if one.phases}
+        for one in sorted(
+            past, key=PastOperation.order
+        ):  # after all starts: an `off` may wait for a later one
+            if one.outcome is None:
+                await self._take_up(one, last.get(one.vm))
+            elif one.phases and one.outcome.boot_id == self._boot_id:
+                self._schedule.end(one.operation, one.vm, one.outcome.boottime)
         self._resumed.set()
 
     async def resumed(self, until: float) -> bool:
@@ -249,22 +255,31 @@ class Coordinator:
             await self._wait(run, intent.end)
         shell.bus.publish(StartReport(intent.operation, shell.bus.host))
 
-    async def _take_up(self, operation: OperationId, body: codec.Body, phases: Sequence[str]) -> None:
+    async def _take_up(self, past: PastOperation, last: PastOperation | None) -> None:
+        operation = past.operation
         try:
-            phase = Phase(phases[-1]) if phases else Phase.BEGUN
-            intent = codec.read_intent(operation, body, phase)
+            phase = Phase(past.phases[-1]) if past.phases else Phase.BEGUN
+            intent = codec.read_intent(operation, past.body, phase)
         except (codec.Unreadable, ValueError) as error:
             _log.error("op=%s: unreadable intent: %s", operation, error)
             lost: codec.Body = {"ok": False, "code": "failed", "reason": "the intent cannot be read"}
             await self._shell.journal.append(codec.OUTCOME, operation, lost)
             return
-        if intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:
-            reason = "the host daemon was down at its end; the outcome is unknown"
-            outcome = failed(operation, FenceCode.FAILED, reason)
-            await self._shell.journal.append(codec.OUTCOME, operation, codec.outcome_body(outcome, intent, 0))
+        if not past.phases:
+            code, reason = (
+                FenceCode.UNAVAILABLE,
+                "it had not begun when the host daemon ended: nothing was done",
+            )
+        elif past is not last:
+            code, reason = FenceCode.FAILED, "it had ended before the restart; the outcome was not recorded"
+        elif intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:
+            code, reason = FenceCode.FAILED, "the host daemon was down at its end; the outcome is unknown"
+        else:
+            _log.info("op=%s vm=%s: taken up again after a restart (%s)", operation, intent.vm, phase.value)
+            self._new_run(intent).publish(intent)
             return
-        _log.info("op=%s vm=%s: taken up again after a restart (%s)", operation, intent.vm, phase.value)
-        self._new_run(intent).publish(intent)
+        outcome = failed(operation, code, reason)
+        await self._shell.journal.append(codec.OUTCOME, operation, codec.outcome_body(outcome, intent, 0))
 
     def _new_run(self, intent: Intent) -> Run:
         run = Run(self._shell, intent, on_start=self._starts, on_end=self._ended)

@@ -2,7 +2,7 @@
 """Questions about power states: status, list, monitor. They change nothing.
 
 A cache may answer ON only. OFF is the same claim as a finished `off` and needs the same evidence (S0): a
-fresh look and `evidence.off_doubt`. Whatever is between is UNKNOWN.
+fresh look, records that can be read, and `evidence.off_doubt`. Whatever is between is UNKNOWN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vmchannel_host.fencing.records import OperationLog
 from vmchannel_host.fencing.run import MAX_LOOK_S, failed
 from vmchannel_host.fencing.shared_look import SharedLook
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.journal.types import JournalError
+from vmchannel_host.journal.types import JournalError, JournalShort
 from vmchannel_host.model import Instance, Migration, OperationId, RunState, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Target
@@ -64,6 +64,7 @@ class Questions:
         try:
             self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
             asked_at, look = await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
+            await self._journal.check()
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.FAILED, _look_failed(error))
         return self._judge(vm, name, self._instances.facts(vm, name, asked_at, look))
@@ -92,15 +93,20 @@ class Questions:
         if not wanted:
             reason = "no VM may be fenced from here: add this VM and its peers to a group of the policy"
             return failed(_NONE, FenceCode.REFUSED, reason)
+        but = ""
         try:
             await self._check_journal()
+        except JournalShort as error:
+            but = f"; only off, for on and reboot are refused: {error}"
         except JournalError as error:
             return failed(_NONE, FenceCode.UNAVAILABLE, f"the journal cannot be written: {error}")
         try:
             await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.UNAVAILABLE, _look_failed(error))
-        return Outcome(_NONE, True, FenceCode.DONE, PowerState.UNKNOWN, f"{len(wanted)} plugs can be fenced")
+        return Outcome(
+            _NONE, True, FenceCode.DONE, PowerState.UNKNOWN, f"{len(wanted)} plugs can be fenced{but}"
+        )
 
     async def _look_for(self, wanted: Iterable[Target], timeout_s: float) -> dict[VmUuid, PowerState]:
         states = {one.vm_uuid: PowerState.UNKNOWN for one in wanted}
@@ -108,6 +114,7 @@ class Questions:
             self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
         try:
             asked_at, look = await self._look.look(timeout_s=timeout_s)
+            await self._journal.check()
         except (HypervisorError, JournalError, TimeoutError):
             return states
         for one in wanted:
@@ -135,7 +142,8 @@ class Questions:
     async def _check_journal(self) -> None:
         if self._clock() - self._written_at < CHECKED_S:
             return
-        await self._journal.append(codec.CHECK, _NONE, {"text": "monitor: the journal can be written"})
+        body: codec.Body = {"text": "monitor: the journal can be written"}
+        await self._journal.append(codec.CHECK, _NONE, body, if_room=True)
         self._written_at = self._clock()
 
 

@@ -28,9 +28,24 @@ class OperationLog(Protocol):
     """
 
     async def append(
-        self, kind: str, operation: OperationId, body: Mapping[str, Json], *, timeout_s: float = ...
+        self,
+        kind: str,
+        operation: OperationId,
+        body: Mapping[str, Json],
+        *,
+        if_room: bool = ...,
+        timeout_s: float = ...,
     ) -> int:
-        """Add a record; return its sequence number."""
+        """Add a record; return its sequence number. `if_room`: not in the room that is kept for `off`."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """Why every call fails; "" while they can succeed."""
+        ...
+
+    async def check(self, *, timeout_s: float = ...) -> None:
+        """Raise `JournalError` unless the journal can be read now."""
         ...
 
     async def operations(self, limit: int = ..., *, timeout_s: float = ...) -> list[OperationRows]:
@@ -79,6 +94,7 @@ class RequestStore(Protocol):
         operation: OperationId,
         deadline: float,
         *,
+        if_room: bool = ...,
         timeout_s: float = ...,
     ) -> None: ...
 

@@ -58,7 +58,7 @@ class RefusalLog:
             "left_out": left_out,
         }
         try:
-            await self._journal.append(codec.REFUSED, OperationId(""), body)
+            await self._journal.append(codec.REFUSED, OperationId(""), body, if_room=True)
         except JournalError as error:
             _log.error("a refusal was not recorded: %s", error)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The shell of one fence operation: feeds its machine and carries out the commands that are for this host.
 
-What was reported is made durable beside the next step, and before the outcome is published; a phase before it
-begins; the outcome before anybody is told.
+That it begins is durable before anything acts. What was reported is made durable beside the next step, and
+before the outcome is published; a phase before it begins; the outcome before anybody is told.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ class Run:
         self.machine = Operation(self.intent, settings.rules, start_pending)
         self._quit_timeout_s = settings.quit_timeout_s
         self.spawn(self._watch_time(self.machine), "time")
-        self.apply(Begun())
+        if self.intent.resumed is None:
+            self.spawn(self._begin(), "begin")
+        else:
+            self.apply(Begun())
 
     def apply(self, event: Event) -> None:
         """Feed the machine; carry out what it says."""
@@ -216,6 +219,15 @@ class Run:
                         self.spawn(self._conclude(outcome), "conclude")
                 case _:
                     assert_never(command)
+
+    async def _begin(self) -> None:
+        """That it begins is durable before it does anything: a restart takes up what has begun, no more."""
+        try:
+            await self._append(codec.PHASE, {"phase": Phase.BEGUN.value})
+        except JournalError as error:
+            self.apply(Broken(FenceCode.FAILED, f"the journal cannot take its beginning: {error}"))
+        else:
+            self.apply(Begun())
 
     async def _enter(self, machine: Operation, phase: Phase, rest: Sequence[Command]) -> None:
         state = machine.state

@@ -325,6 +325,9 @@ class FenceService:
 
     async def _process(self, flight: _Flight) -> FenceAnswer:
         request, requester, window = flight.request, flight.requester, flight.window
+        if self._journal.problem:
+            reason = f"the journal fails, so nothing is done: {self._journal.problem}"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
         if not await self._coordinator.resumed(window.end):
             reason = "the host daemon has just started and takes up what it left; nothing was done"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
@@ -347,7 +350,12 @@ class FenceService:
         operation = OperationId(self._random_bytes(8).hex())
         self._incarnations.storing(requester, window.deadline)
         remember = self._journal.remember_request(
-            request.request_id, flight.requester_key, flight.digest, operation, window.deadline
+            request.request_id,
+            flight.requester_key,
+            flight.digest,
+            operation,
+            window.deadline,
+            if_room=request.action is not FenceAction.OFF,
         )
         order = Order(
             action=request.action,
@@ -369,6 +377,8 @@ class FenceService:
         try:
             await self._journal.remember_answer(answer.request_id, encode_message(answer))
         except JournalError as error:
+            if not answer.ok:
+                return answer  # it claims nothing, and there may be no request to store it with
             reason = f"{answer.reason}; but the journal cannot take the answer: {error}"
             return replace(answer, ok=False, code=FenceCode.FAILED, state=PowerState.UNKNOWN, reason=reason)
         return answer

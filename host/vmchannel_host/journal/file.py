@@ -104,6 +104,8 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         try:
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA temp_store = MEMORY")  # another full disk must not fail a call
+            connection.execute("PRAGMA cache_size = -8192")  # KiB: what growing touches at once
         except BaseException:
             connection.close()
             raise

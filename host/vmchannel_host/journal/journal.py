@@ -53,7 +53,7 @@ class Journal:
     def __init__(self, thread: StoreThread, store: JournalStore) -> None:
         """Use `open`."""
         self._thread = thread
-        self._store = store  # belongs to the thread: read here are two plain values only
+        self._store = store  # belongs to the thread: read here are three plain values only
         self._path = store.settings.path
         self._verifier = store.signer.verifier
         self._wall_clock = store.settings.wall_clock
@@ -110,6 +110,15 @@ class Journal:
         """Why every call fails (`JournalDamaged`, `JournalDisk`); "" while they can succeed."""
         return self._store.problem
 
+    @property
+    def short(self) -> str:
+        """Why only what an `off` needs can be stored (`JournalShort`); "" while there is room for all."""
+        return self._store.short
+
+    async def check(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Raise `JournalError` unless the journal is there and can be read. Writes nothing."""
+        await self._call(lambda store: store.check(), timeout_s)
+
     # the chain
     async def append(
         self,
@@ -117,10 +126,14 @@ class Journal:
         operation: OperationId,
         body: Mapping[str, Json],
         *,
+        if_room: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> int:
-        """Add a signed record; return its sequence number. At most 64 KiB of JSON."""
-        return await self._call(lambda store: store.append(kind, operation, body), timeout_s)
+        """Add a signed record; return its sequence number. At most 64 KiB of JSON.
+
+        `if_room`: not on a full disk, in the room that is kept for `off`: then `JournalShort` is raised.
+        """
+        return await self._call(lambda store: store.append(kind, operation, body), timeout_s, if_room)
 
     async def verify(self) -> VerifyResult:
         """Walk the whole chain in a second connection, while other calls go on: 2 s per 10,000 records."""
@@ -210,9 +223,12 @@ class Journal:
         """Store a VM's claim to a node name (`claimed_at`: wall time, seconds).
 
         An accepted claim replaces all that the VM claimed before; a refused one only an earlier refused one.
+
+        Raises:
+            JournalShort: the disk is full.
         """
         alias = StoredAlias(vm_uuid, node_name, source, claimed_at, refused)
-        await self._call(lambda store: tables.remember_alias(store, alias), timeout_s)
+        await self._call(lambda store: tables.remember_alias(store, alias), timeout_s, if_room=True)
 
     async def aliases(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[StoredAlias]:
         """All claims that stand, oldest first."""
@@ -234,15 +250,17 @@ class Journal:
         operation: OperationId,
         deadline: float,
         *,
+        if_room: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         """Store a request before its operation acts (`deadline`: CLOCK_BOOTTIME, seconds).
 
         Raises:
             JournalMisuse: the id is stored already; ask `request` and compare.
+            JournalShort: the disk is full, and with `if_room` the room for `off` is left alone.
         """
         request = StoredRequest(request_id, requester, digest, operation, deadline, self._boot_id, None)
-        await self._call(lambda store: tables.remember_request(store, request), timeout_s)
+        await self._call(lambda store: tables.remember_request(store, request), timeout_s, if_room)
 
     async def remember_answer(
         self, request_id: bytes, answer: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S
@@ -266,8 +284,12 @@ class Journal:
         """The stored request of that id, with its answer if there is one."""
         return await self._call(lambda store: tables.find_request(store, request_id), timeout_s)
 
-    async def _call(self, call: Callable[[JournalStore], T], timeout_s: float) -> T:
-        future: Future[T] = self._thread.submit(call)
+    async def _call(self, call: Callable[[JournalStore], T], timeout_s: float, if_room: bool = False) -> T:
+        def with_room(store: JournalStore) -> T:
+            store.need_room()
+            return call(store)
+
+        future: Future[T] = self._thread.submit(with_room if if_room else call)
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.wrap_future(future)

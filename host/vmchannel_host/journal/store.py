@@ -7,11 +7,13 @@ store for good: after a failed fsync, a second try that succeeds says nothing ab
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from vmchannel_host.journal.chain import Head, Link, canonical, parse_body
@@ -34,17 +36,21 @@ from vmchannel_host.journal.keys import (
     take_lock,
     write_public_key,
 )
+from vmchannel_host.journal.room import Descriptors, Room, checkpoint, void_log
 from vmchannel_host.journal.types import (
     JournalCorrupt,
     JournalDamaged,
     JournalDisk,
     JournalError,
     JournalMisuse,
+    JournalShort,
     Json,
     OperationRows,
     Record,
 )
 from vmchannel_host.model import BootId, OperationId
+
+logger = logging.getLogger(__name__)
 
 _KIND: Final = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _OPERATION: Final = re.compile(r"[A-Za-z0-9._:-]{0,128}")
@@ -73,18 +79,23 @@ class JournalStore:
             self.signer: Final = load_signer(settings.key_path)
             if not public_key_path(settings.key_path).exists():
                 write_public_key(settings.key_path)
-            self.connection: Final = connect(settings.path)
+            self._descriptors = _open(settings.path)
         except BaseException:
             os.close(self._lock)
             raise
-        try:
-            with translated(settings.path):
-                self._head = self._check()
-        except BaseException:
-            self.close()
-            raise
         self._pending: Head | None = None
         self._broken: JournalError | None = None
+        try:
+            self.connection: Final = connect(settings.path)
+            self._room: Final = Room(self.connection, settings.path, self._descriptors)
+            with translated(settings.path):
+                self._head = self._check()
+            self.make_room()
+            if self._broken is not None:
+                raise self._broken
+        except BaseException:
+            self._close_files()
+            raise
 
     @property
     def last_seq(self) -> int:
@@ -96,12 +107,53 @@ class JournalStore:
         """Why nothing is served any more; "" while it is. Safe to read from another thread."""
         return str(self._broken or "")
 
+    @property
+    def short(self) -> str:
+        """Why only what an `off` needs is stored, or "". Safe to read from another thread."""
+        return self._room.short
+
     def close(self) -> None:
-        """Close the file and let the lock go."""
+        """Close the file and let the lock go. The log stays, with its room, but empty."""
         try:
-            self.connection.close()
+            if self._broken is None:
+                self._close_in_order()
+        except (JournalError, OSError) as error:
+            logger.warning("the journal was not closed in order; its next opening recovers it: %s", error)
         finally:
-            os.close(self._lock)
+            self._close_files()
+
+    def _close_in_order(self) -> None:
+        path = self.settings.path
+        with translated(path), closing(connect(path, read_only=True)) as last:
+            last.execute("SELECT count(*) FROM meta").fetchone()
+            empty = checkpoint(self.connection)
+            # The one that closes last would remove the log, if it could write.
+            self.connection.close()
+        if empty:
+            void_log(path)
+
+    def check(self) -> None:
+        """Read the head; inside a transaction, which finds a file that was removed or replaced."""
+        read_head(self.connection, self.settings.path)
+
+    def make_room(self) -> None:
+        """Make sure of the room that is kept for `off`, outside a transaction; `short` tells."""
+        if self._broken is not None:
+            return
+        try:
+            with translated(self.settings.path):
+                self._room.make()
+        except JournalError as error:
+            self._broken = error
+
+    def need_room(self) -> None:
+        """For what an `off` does not need.
+
+        Raises:
+            JournalShort: there is no room for it.
+        """
+        if self.short:
+            raise JournalShort(self.short)
 
     @contextmanager
     def transaction(self) -> Generator[None]:
@@ -219,6 +271,13 @@ class JournalStore:
                 return last
             last = int(spanning[0]) - 1
 
+    def _close_files(self) -> None:
+        """In this order: see `Descriptors`."""
+        if hasattr(self, "connection"):
+            self.connection.close()
+        self._descriptors.close()
+        os.close(self._lock)
+
     def _insert(self, link: Link) -> None:
         digest = link.digest()
         self.connection.execute(
@@ -290,6 +349,13 @@ class JournalStore:
             raise JournalDamaged(f"{self.settings.path}: {error.strerror} while it was open") from error
         if (stat.st_dev, stat.st_ino) != self._file:
             raise JournalDamaged(f"{self.settings.path}: replaced by another file while it was open")
+
+
+def _open(path: Path) -> Descriptors:
+    try:
+        return Descriptors(path)
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror}") from error
 
 
 def _to_record(row: Row) -> Record:

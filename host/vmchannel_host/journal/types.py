@@ -8,6 +8,7 @@
     │   └── JournalDamaged  found by an open journal, which serves nothing any more: stop the daemon
     ├── JournalDisk         the disk failed under an open journal: mend it, start the daemon again
     ├── JournalFull         the disk is full: make room; what was stored before is safe
+    │   └── JournalShort    the same, but what an `off` needs can still be stored
     ├── JournalLocked       another daemon has the journal open
     ├── JournalBusy         the deadline passed or too many calls wait: the outcome is unknown
     └── JournalMisuse       the caller broke a rule of the API (too large, not JSON, an id used twice)
@@ -50,6 +51,10 @@ class JournalDisk(JournalError):
 
 class JournalFull(JournalError):
     """No room on the disk. Nothing of this call was stored."""
+
+
+class JournalShort(JournalFull):
+    """The disk is full, and the room that is left is kept for `off`. Nothing of this call was stored."""
 
 
 class JournalLocked(JournalError):

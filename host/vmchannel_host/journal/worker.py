@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from vmchannel_host.journal.store import JournalStore
-from vmchannel_host.journal.types import JournalBusy, JournalError, JournalMisuse
+from vmchannel_host.journal.types import JournalBusy, JournalError, JournalMisuse, JournalShort
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Job(Generic[T]):
         try:
             with store.savepoint():
                 result = self._call(store)
-        except JournalMisuse as error:
+        except (JournalMisuse, JournalShort) as error:
             refused = error
             self._result = lambda: self.future.set_exception(refused)
         else:
@@ -104,8 +104,12 @@ class StoreThread:
         while more:
             batch, more = self._next_batch()
             jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if jobs:
-                _carry_out(store, jobs)
+            if not jobs:
+                continue
+            if store.short:
+                store.make_room()  # somebody may have freed some
+            _carry_out(store, jobs)
+            store.make_room()  # after the answers: nobody waits for it who need not
 
     def _next_batch(self) -> tuple[list[_Job[object]], bool]:
         """Wait for a call and take what else waits; False with the last batch."""
@@ -134,10 +138,9 @@ def _carry_out(store: JournalStore, jobs: list[_Job[object]]) -> None:
                 _carry_out(store, [job])
             return
         if not isinstance(error, JournalError):
-            logger.exception("journal call failed")
-        jobs[0].future.set_exception(
-            error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
-        )
+            logger.debug("journal call failed", exc_info=True)  # one line of it is in the caller's hands
+            error = JournalError(f"internal error: {error!r}")
+        jobs[0].future.set_exception(error)
         return
     for job in jobs:
         job.deliver()

@@ -55,6 +55,10 @@ class JournalRig:
         return self.directory / "journal.db"
 
     @property
+    def wal(self) -> Path:
+        return self.directory / "journal.db-wal"
+
+    @property
     def key(self) -> Path:
         return self.directory / "journal.key"
 

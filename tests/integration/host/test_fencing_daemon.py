@@ -107,6 +107,29 @@ async def test_a_vm_never_seen_is_off_when_the_policy_names_its_uuid_and_unknown
     assert await site.status(uuid) == "off"
 
 
+# a journal that cannot be used
+
+
+async def test_a_daemon_without_a_usable_journal_runs_refuses_everything_and_says_why(site: Site) -> None:
+    vm = await running(site, "nojournal")
+    site.daemon.end()
+    journal = Path(f"{site.folder}/state/journal.db")
+    whole = journal.read_bytes()
+    journal.write_bytes(b"garbage" * 1000)
+    try:
+        site.daemon.start()
+        answer = await site.fence("off", vm)
+        assert (answer["ok"], answer["code"], vm.running) == (False, "unavailable", True), answer
+        assert "damaged" in answer["reason"], answer
+        told = await run_program("vmchannelctl", "--socket", str(site.admin_socket), "doctor")
+        assert (told.code, "damaged" in told.stdout) == (1, True), told
+        site.daemon.end()
+    finally:
+        journal.write_bytes(whole)
+    site.daemon.start()
+    assert (await site.fence("off", vm))["ok"]
+
+
 # VMs come and go
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from fence_vmchannel.messages import FenceAction, FenceCode
+from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.fakes.virtual_time import virtual_time
-from tests.unit.host.fencing.world import VM2, World, settled
+from tests.unit.host.fencing.world import VM1, VM2, World, settled
 from vmchannel_host.model import RunState
 
 
@@ -46,12 +46,17 @@ async def test_a_journal_that_hangs_fails_the_request_within_its_deadline(part: 
         assert not (await world.ask(FenceAction.OFF, within_s=3)).ok
 
 
+def full_after_the_beginning(world: World) -> None:
+    """Only that an operation begins can be recorded, no further phase."""
+    world.journal.full = lambda what: what == "fence.phase" and "fence.phase" in world.journal.kinds()
+
+
 @virtual_time
 async def test_a_start_that_cannot_be_recorded_is_not_carried_out() -> None:
     async with World().running() as world:
         world.hypervisor.startable.add(VM2)
         await world.vm_off()
-        world.journal.full = lambda what: what == "fence.phase"
+        full_after_the_beginning(world)
         assert not (await world.ask(FenceAction.ON)).ok
         assert world.hypervisor.count("start") == 0
 
@@ -61,9 +66,46 @@ async def test_a_reset_that_cannot_be_recorded_is_not_carried_out() -> None:
     async with World().running() as world:
         world.vm()
         await settled()
-        world.journal.full = lambda what: what == "fence.phase"
+        full_after_the_beginning(world)
         assert not (await world.ask(FenceAction.REBOOT)).ok
         assert world.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("action", [FenceAction.ON, FenceAction.REBOOT])
+@virtual_time
+async def test_on_a_full_disk_on_and_reboot_are_refused_with_that_reason(action: FenceAction) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(action)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+        assert "the disk is full" in answer.reason
+        assert world.hypervisor.acts == []
+        assert (world.journal.records, world.journal.requests) == ([], {})  # it takes nothing of the room
+
+
+@virtual_time
+async def test_on_a_full_disk_off_goes_on_and_leaves_everything_that_proves_it() -> None:
+    async with World().running() as world:
+        identity = world.vm()
+        await settled()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
+        assert world.journal.known[identity].end is not None
+        assert world.journal.kinds()[-1] == "fence.outcome"
+        assert len(world.journal.requests) == 1
+
+
+@virtual_time
+async def test_on_a_full_disk_monitor_says_what_can_be_done() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.journal.short = "the disk is full"
+        answer = await world.ask(FenceAction.MONITOR, "")
+        assert (answer.ok, answer.code) == (True, FenceCode.DONE)
+        assert "only off" in answer.reason
 
 
 @virtual_time
@@ -76,3 +118,31 @@ async def test_an_instance_that_could_not_be_recorded_is_recorded_before_anythin
         world.journal.full = lambda _: False
         assert (await world.ask(FenceAction.OFF)).ok
         assert len(world.journal.known) == 1
+
+
+@pytest.mark.parametrize("action", [FenceAction.OFF, FenceAction.ON, FenceAction.REBOOT, FenceAction.MONITOR])
+@virtual_time
+async def test_a_journal_that_cannot_be_used_refuses_everything_and_says_why(action: FenceAction) -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.journal.problem = "the disk failed"
+        answer = await world.ask(action)
+        assert (answer.ok, answer.code) == (False, FenceCode.UNAVAILABLE)
+        assert "the disk failed" in answer.reason
+        assert world.hypervisor.acts == []
+
+
+@pytest.mark.parametrize("action", [FenceAction.STATUS, FenceAction.LIST])
+@virtual_time
+async def test_without_its_records_no_vm_is_called_off_though_a_look_finds_none(action: FenceAction) -> None:
+    async with World().running() as world:
+        await world.vm_off()
+        world.vm(VM1, "vm1")
+        await settled()
+        world.journal.full = lambda what: what == "check"
+        answer = await world.ask(action, "vm2" if action is FenceAction.STATUS else "")
+        states = {one.plug: one.state for one in answer.targets} or {"vm2": answer.state}
+        assert states["vm2"] is PowerState.UNKNOWN
+        assert states.get("vm1", PowerState.ON) is PowerState.ON
+        assert (await world.ask(FenceAction.STATUS, "vm1")).state is PowerState.ON
