@@ -20,10 +20,10 @@ demo: deps ## three guests, one fences another; about a minute
 
 test: deps ## unit, integration and system tests (ARGS="-k name" narrows)
 ifeq ($(ARGS),)
-	$(PYTEST) $(IN_CI) --numprocesses=2 --dist=loadfile tests/unit tests/integration
+	$(PYTEST) $(IN_CI) --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/fuzz
 	$(PYTEST) $(IN_CI) tests/system  # guests take both cores: one module at a time
 else
-	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/system
+	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/fuzz tests/system
 endif
 
 check: deps ## format, lint, types (mypy and pyright, strict), import contracts

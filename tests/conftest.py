@@ -9,11 +9,25 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 import pytest_asyncio
+
+from tests.counts import OPTION, Count
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Repeat in full what tests repeat."""
+    parser.addoption(OPTION, action="store_true", help="the full counts, as `make test-all` wants them")
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Count:
+    """How often to repeat. A test that uses it is marked `counted`."""
+    assert request.node.get_closest_marker("counted"), "mark the test `counted`, or it has no row"
+    return Count(bool(request.config.getoption(OPTION)), record_property)
 
 
 @pytest_asyncio.fixture

@@ -225,6 +225,10 @@ class Channel:
             raise ValueError(f"channel {saved.number}: what was sent is out of order")
         if not 0 <= saved.consumed <= saved.received <= saved.receive_limit <= MAX_OFFSET:
             raise ValueError(f"channel {saved.number}: what was received is out of order")
+        if not 0 <= saved.window <= MAX_OFFSET or not 0 <= saved.largest_window <= MAX_OFFSET:
+            raise ValueError(f"channel {saved.number}: a window out of range")
+        if any(not 0 <= each.flags <= 0xFFFF or len(each.payload) > MAX_FRAGMENT for each in saved.queue):
+            raise ValueError(f"channel {saved.number}: a fragment that no frame can carry")
         if channel.state is ChannelState.GONE or (queued and saved.scheduled + queued != saved.sent):
             raise ValueError(f"channel {saved.number}: its queue does not fit its state")
         return channel

@@ -74,6 +74,14 @@ _CREDIT = struct.Struct(">QQ")  # delivered, limit
 _CLOSE = struct.Struct(">H")  # code
 
 _FULL: Final = "the windows of the session's channels are at their limit"
+_CONTROL: Final = (
+    FrameType.OPEN,
+    FrameType.ACCEPT,
+    FrameType.CREDIT,
+    FrameType.CLOSE,
+    FrameType.CANCEL,
+)
+"""What may wait as a control frame."""
 
 Outgoing = tuple[int, int, int, bytes]
 """A frame without its numbers: type, flags, channel, payload."""
@@ -498,6 +506,8 @@ class Multiplexer:
         """
         if saved.next_number % 2 != self._parity or not 0 < saved.next_number <= MAX_CHANNEL + 2:
             raise ValueError("channel numbers of the other role")
+        if not 0 <= saved.peer_highest <= MAX_CHANNEL + 1:
+            raise ValueError(f"channel number {saved.peer_highest}")
         self._next_number, self._peer_highest = saved.next_number, saved.peer_highest
         for each in saved.channels:
             highest = saved.next_number - 1 if each.number % 2 == self._parity else saved.peer_highest
@@ -516,10 +526,14 @@ class Multiplexer:
             kind, owner = FrameType(entry.kind), self._channels.get(entry.channel)
             if owner is None:
                 continue  # it was gone already when the session was saved
+            if kind not in _CONTROL or (kind is FrameType.OPEN) != (owner.state is ChannelState.QUEUED):
+                raise ValueError(f"a {kind.name} waits for channel {entry.channel}")
             self._queue_control(kind, owner)
             if kind is FrameType.CREDIT:
                 owner.credit_due = True
         for refusal in saved.refusals:
+            if not 0 < refusal.channel <= saved.peer_highest:
+                raise ValueError(f"channel number {refusal.channel}")
             self._refusals.append((refusal.channel, CloseCode(refusal.code), refusal.reason))
 
     # --- helpers ---

@@ -9,6 +9,7 @@ can add.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -81,6 +82,11 @@ class Welcome:
     resumed: bool
     numbers: Numbers
     offer: Offer
+
+
+def common_version(theirs: Iterable[int], ours: Iterable[int] = VERSIONS) -> int:
+    """The highest version that both sides speak; 0 if there is none."""
+    return max(set(theirs) & set(ours), default=0)
 
 
 def encode_challenge(nonce: int) -> bytes:

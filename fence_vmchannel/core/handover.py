@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.core.greeting import NO_SESSION, VERSIONS
 from fence_vmchannel.core.reliability import Inbox, Outbox
 from fence_vmchannel.core.saved import SavedFrame, SavedSession
 from fence_vmchannel.core.session import FEATURES, Session
 from fence_vmchannel.errors import RemoteProtocolError
+
+_MAX_CHECK: Final = 0xFFFF_FFFF
 
 
 def save(session: Session) -> SavedSession:
@@ -48,7 +52,13 @@ def load(session: Session, saved: SavedSession) -> None:
     session.features, session.tick = saved.features & FEATURES, saved.tick
     if saved.peer_boot_id is not None:
         session.peer = PeerIdentity(saved.peer_boot_id, saved.peer_software or "")
+    numbers, checks = (
+        (saved.acknowledged, saved.received, saved.tick),
+        (saved.acknowledged_check, saved.received_check),
+    )
     try:
+        if min(numbers) < 0 or min(checks) < 0 or max(checks) > _MAX_CHECK:
+            raise ValueError("numbers that no frame can carry")
         session.outbox = Outbox(saved.acknowledged, saved.acknowledged_check)
         session.inbox = Inbox(saved.received, saved.received_check)
         for frame in saved.frames:

@@ -43,6 +43,7 @@ from fence_vmchannel.core.greeting import (
     Numbers,
     Offer,
     Welcome,
+    common_version,
     decode_challenge,
     decode_end,
     decode_hello,
@@ -357,7 +358,7 @@ class Session:
         """HOST: a HELLO of this link. Decide whether the session goes on; nothing is changed until it is
         confirmed."""
         hello = decode_hello(frame.payload)
-        version = max((each for each in VERSIONS if each in hello.versions), default=0)
+        version = common_version(hello.versions)
         if not version:
             self._refuse(
                 EndCode.NO_COMMON_VERSION, f"the peer speaks versions {list(hello.versions)}", link_only=True

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from zlib import crc32
 
@@ -43,6 +44,7 @@ class RawGuest:
         self._decoder = FrameDecoder()
         self._unread: list[Frame] = []
         self._epoch = 0
+        self.written = bytearray()  # all that was sent, for a replay
         self._sequence = self._check = self._ack = self._ack_check = 0
 
     @classmethod
@@ -65,7 +67,56 @@ class RawGuest:
         )
         if sequence:
             self._sequence, self._check = sequence, crc32(data[4 : 4 + IDENTITY_BYTES], self._check)
+        self.write(data)
+
+    def write(self, data: bytes) -> None:
+        """Queue any bytes."""
+        self.written += data
         self._writer.write(data)
+
+    def forge(
+        self, *, sequence: int | None = None, ack: int | None = None, ack_check: int | None = None
+    ) -> None:
+        """A frame of the session with a number that is not so."""
+        self.write(
+            encode_frame(
+                FrameType.ACK if sequence is None else FrameType.CREDIT,
+                encode_progress(self._sequence, self._check),
+                channel=0 if sequence is None else 1,
+                sequence=sequence or 0,
+                epoch=self._epoch,
+                ack=self._ack if ack is None else ack,
+                ack_check=self._ack_check if ack_check is None else ack_check,
+            )
+        )
+
+    async def flush(self) -> None:
+        """Wait until the hub has taken what was queued. Fails after 10 s."""
+        async with asyncio.timeout(10):
+            await self._writer.drain()
+
+    async def waiting_bytes(self) -> int:
+        """How many bytes have come that `expect` has not looked at; they are dropped."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                while data := await self._reader.read(65_536):
+                    size += len(data)
+        return size
+
+    async def drain_input(self) -> None:
+        """Take all that has come, and thank for it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                while data := await self._reader.read(65_536):
+                    for frame in frames_only(self._decoder.feed(data)):
+                        if frame.sequence == self._ack + 1:
+                            self._ack, self._ack_check = (
+                                frame.sequence,
+                                crc32(frame.identity, self._ack_check),
+                            )
+        self.acknowledge()
+        await self.flush()
 
     async def expect(self, *kinds: FrameType) -> Frame:
         """The next frame of one of these kinds; others are skipped. Fails after 10 s."""
@@ -73,14 +124,17 @@ class RawGuest:
             while True:
                 while self._unread:
                     frame = self._unread.pop(0)
-                    if frame.sequence == self._ack + 1:
-                        self._ack, self._ack_check = frame.sequence, crc32(frame.identity, self._ack_check)
+                    self._count(frame)
                     if frame.type in kinds:
                         return frame
                 await self._writer.drain()
                 data = await self._reader.read(65_536)
                 assert data, "the hub has closed the link"
                 self._unread += frames_only(self._decoder.feed(data))
+
+    def _count(self, frame: Frame) -> None:
+        if frame.sequence == self._ack + 1:
+            self._ack, self._ack_check = frame.sequence, crc32(frame.identity, self._ack_check)
 
     async def greet(self) -> None:
         """Begin a new session."""

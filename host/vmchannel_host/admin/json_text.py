@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -167,8 +168,8 @@ def parse_action(value: object) -> FenceAction:
 
 
 def parse_name(key: str, value: object) -> str:
-    """A VM's name, UUID or alias."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_PLUG:
+    """A VM's name, UUID or alias; not half a surrogate pair, which JSON can spell but no log takes."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_PLUG or _SURROGATE.search(value):
         raise _bad(f"{key} must be text of 1 to {MAX_PLUG} characters")
     return value
 
@@ -214,6 +215,7 @@ def _timeout(value: object) -> float:
     raise _bad(f"timeout_s must be a number of seconds, more than 0 and at most {MAX_TIMEOUT_S:.0f}")
 
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _REMEDY: Final = "see vmchannelctl(8)"
 
 

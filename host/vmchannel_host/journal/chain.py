@@ -107,7 +107,10 @@ def parse_body(text: str) -> Mapping[str, Json]:
     Raises:
         ValueError: it is no JSON object.
     """
-    value: object = json.loads(text)
+    try:
+        value: object = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the body is nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError("the body is no JSON object")
     return cast("Mapping[str, Json]", value)

@@ -6,136 +6,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import socket
 import struct
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from fence_vmchannel.addresses import DEFAULT_PORT
-from fence_vmchannel.channel import Channel
-from fence_vmchannel.core.events import PeerIdentity, Role
 from fence_vmchannel.core.frames import MAGIC, FrameType, encode_frame
 from fence_vmchannel.errors import CloseCode
-from fence_vmchannel.hub.hub import Hub
-from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.messages import (
     FENCE_SERVICE,
-    Announce,
     AnnounceAnswer,
     FenceAction,
-    FenceAnswer,
-    FenceCode,
-    FenceGreeting,
     FenceRequest,
-    PowerState,
     encode_message,
 )
-from fence_vmchannel.peers import HOST_PEER, PeerKind
-from tests.fakes.hub_pair import HOST, VM, FakePort, eventually
-from tests.fakes.raw_guest import RawGuest, opening
-from vmchannel_host.fence_channel import MAX_CHANNELS, FenceChannels
-from vmchannel_host.fencing.requester import Requester
-from vmchannel_host.fencing.service import ProgressSink
-from vmchannel_host.model import BootId, Port, PortName, ProcessIdentity, VmUuid
+from tests.fakes.hub_pair import VM
+from tests.fakes.raw_guest import opening
+from tests.integration.channel.hostile_rig import code_of, scene
+from vmchannel_host.fence_channel import MAX_CHANNELS
 from vmchannel_host.pace import Pace
-from vmchannel_host.vm_ports import VmPort
-
-ENDLESS = Pace(1e9, time.monotonic)
-HONEST = replace(VM, name="vm2", key="0b2c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d22")
-
-
-class Answers:
-    """A fence service that knows no VM."""
-
-    def __init__(self) -> None:
-        self.asked = Counter[str]()  # by VM
-
-    def greeting(self, requester: Requester) -> FenceGreeting:
-        return FenceGreeting("hv1", "host-boot", 1, requester.vm or "", requester.name)
-
-    async def answer(
-        self, request: FenceRequest, requester: Requester, progress: ProgressSink | None = None
-    ) -> FenceAnswer:
-        self.asked[requester.name] += 1
-        return FenceAnswer(
-            request.request_id, False, FenceCode.UNKNOWN_PLUG, PowerState.UNKNOWN, "hv1", "no such VM"
-        )
-
-    async def announce(self, announce: Announce, requester: Requester) -> AnnounceAnswer:
-        return AnnounceAnswer(True, "")
-
-    def cancel(self, request_id: bytes, requester: Requester) -> bool:
-        return False
-
-
-async def echo(channel: Channel) -> None:
-    while (message := await channel.receive()) is not None:
-        await channel.send(message)
-
-
-async def trust(pid: int) -> None:
-    """This process plays QEMU."""
-    assert pid == os.getpid()
-
-
-@dataclass
-class Scene:
-    """The hub under attack, the attacker's QEMU, and an honest VM's hub."""
-
-    hub: Hub
-    honest: Hub
-    qemu: socket.socket
-    answers: Answers
-
-    async def guest(self) -> RawGuest:
-        """The attacker, on the hub's next connection."""
-        sock, _ = await asyncio.get_running_loop().sock_accept(self.qemu)
-        return RawGuest(*await asyncio.open_unix_connection(sock=sock))
-
-    async def honest_is_served(self) -> None:
-        """The other VM has its echo soon."""
-        async with asyncio.timeout(5), await self.honest.open("", "org.example.echo") as channel:
-            assert await channel.request(b"still here?") == b"still here?"
-
-
-@contextlib.asynccontextmanager
-async def scene(directory: Path, pace: Pace | None = None) -> AsyncGenerator[Scene]:
-    path = str(directory / "port.sock")
-    qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    qemu.bind(path)
-    qemu.listen(1)
-    process = ProcessIdentity(1, 1, "/qemu", VmUuid(VM.key), BootId("host-boot"))
-    port = VmPort(process, VM.name, Port(PortName(DEFAULT_PORT), path, guest_open=True))
-    fake = FakePort()
-    try:
-        async with (
-            Hub(PeerIdentity("host-boot", "host")) as hub,
-            Hub(PeerIdentity("honest-boot", "honest"), default_peer=HOST_PEER) as honest,
-        ):
-            hub.offer("org.example.echo", echo)
-            answers = Answers()
-            hub.offer(FENCE_SERVICE, FenceChannels(answers, lambda _: None, pace or ENDLESS).serve)
-            hub.attach(replace(VM, kind=PeerKind.VM, info=port), ChardevConnector(path, trust))
-            hub.attach(HONEST, fake.host)
-            honest.attach(HOST, fake.guest, role=Role.GUEST)
-            assert await eventually(lambda: honest.status().peers[0].connected)
-            yield Scene(hub, honest, qemu, answers)
-    finally:
-        fake.close()
-        qemu.close()
-
-
-def code_of(payload: bytes) -> int:
-    """The code of a CLOSE."""
-    code: int = struct.unpack_from(">H", payload)[0]
-    return code
 
 
 async def test_a_guest_gets_so_many_fence_channels_and_a_closed_one_makes_room(tmp_path: Path) -> None:
@@ -181,7 +72,7 @@ async def test_bad_messages_and_new_sessions_in_a_loop_do_not_fill_the_log(
 
 async def test_a_guest_that_asks_too_fast_is_read_later_and_the_others_are_served(tmp_path: Path) -> None:
     four_in_an_hour = Pace(0.001, time.monotonic, burst_s=4_000)
-    async with scene(tmp_path, four_in_an_hour) as stage:
+    async with scene(tmp_path, pace=four_in_an_hour) as stage:
         guest = await stage.guest()
         await guest.greet()
         guest.send(FrameType.OPEN, opening(FENCE_SERVICE), channel=1)
@@ -192,7 +83,7 @@ async def test_a_guest_that_asks_too_fast_is_read_later_and_the_others_are_serve
         for _ in range(3):
             await guest.expect(FrameType.DATA)
         await stage.honest_is_served()
-        assert stage.answers.asked == {VM.name: 3}
+        assert [requester.name for _, requester in stage.service.asked] == 3 * [VM.name]
         await guest.close()
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fence_vmchannel.core import saved
 from fence_vmchannel.core.connection import Connection, PeerIdentity, Role
-from fence_vmchannel.core.saved import SavedSession
+from fence_vmchannel.core.frames import FrameType
+from fence_vmchannel.core.saved import SavedControl, SavedRefusal, SavedSession
 from fence_vmchannel.core.timers import Timers
 from fence_vmchannel.errors import LocalProtocolError, RemoteProtocolError
 from tests.fakes.conversation import Application, Conversation, seeded_bytes
@@ -167,6 +168,11 @@ def first_channel(session: SavedSession, **changes: Any) -> SavedSession:
     return replace(session, channels=replace(session.channels, channels=channels))
 
 
+def waiting(session: SavedSession, control: SavedControl) -> SavedSession:
+    """The session with a control frame that waits."""
+    return replace(session, channels=replace(session.channels, control=(control,)))
+
+
 CHANGES: list[Callable[[SavedSession], SavedSession]] = [
     lambda s: replace(s, session_id=b"short"),
     lambda s: replace(s, version=9),
@@ -186,6 +192,16 @@ CHANGES: list[Callable[[SavedSession], SavedSession]] = [
     lambda s: first_channel(s, consumed=2**50),
     lambda s: first_channel(s, send_limit=-1),
     lambda s: first_channel(s, queue=(saved.SavedFragment(b"x", 0),)),
+    lambda s: first_channel(s, queue=(saved.SavedFragment(b"x", 65_536),)),
+    lambda s: first_channel(s, window=-1),
+    lambda s: first_channel(s, largest_window=2**62 + 1),
+    lambda s: replace(s, received=-1),
+    lambda s: replace(s, received_check=2**32),
+    lambda s: replace(s, tick=-1),
+    lambda s: replace(s, channels=replace(s.channels, peer_highest=2**32)),
+    lambda s: waiting(s, SavedControl(FrameType.DATA, s.channels.channels[0].number)),
+    lambda s: waiting(s, SavedControl(FrameType.OPEN, s.channels.channels[0].number)),
+    lambda s: replace(s, channels=replace(s.channels, refusals=(SavedRefusal(2**32, 1, ""),))),
 ]
 
 

@@ -90,3 +90,8 @@ def test_a_signed_record_is_no_signed_head() -> None:
     assert not signer.verifier.head(head, signer.record(head.signed_bytes()))
     assert not signer.verifier.head(replace(head, seq=0), signer.head(head))
     assert not signer.verifier.head(replace(head, checkpoint_seq=1), signer.head(head))
+
+
+def test_a_body_that_is_nested_without_end_is_no_body() -> None:
+    with pytest.raises(ValueError, match="too deep"):
+        parse_body("[" * 100_000)
