@@ -13,6 +13,7 @@ from typing import Final, Protocol, assert_never
 from fence_vmchannel.access import Credentials
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.events import ChannelOpened, Opened, PeerIdentity, Reset
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, RemoteProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubStatus
@@ -57,8 +58,10 @@ class LocalServer:
         *,
         max_clients: int,
         clock: Callable[[], float],
+        tally: Tally,
     ) -> None:
         self._listener = listener
+        self._tally = tally
         self._make = make
         self._max_clients = max_clients
         self._clients: set[Endpoint] = set()
@@ -102,6 +105,7 @@ class LocalServer:
     def _admit(self, sock: socket.socket, who: Credentials) -> None:
         places = self._max_clients if who.uid == 0 else self._max_clients - _ROOT_RESERVE
         if len(self._clients) >= places:
+            self._tally[Refusal.CLIENT_LIMIT] += 1
             self._noise.warning(
                 "%s: %s turned away: %d clients", self._listener.path, who, len(self._clients)
             )

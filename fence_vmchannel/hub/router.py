@@ -16,6 +16,7 @@ from fence_vmchannel.access import AccessRules, Credentials
 from fence_vmchannel.addresses import HUB_SERVICE, Address, check_service, parse_address
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.events import ChannelOpened, Priority
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelError, CloseCode, LocalProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubEvent, ServiceOffered, ServiceWithdrawn
@@ -68,8 +69,10 @@ class Router:
         start: Callable[[Coroutine[object, object, None], str], object],
         publish: Callable[[HubEvent], None],
         clock: Callable[[], float],
+        tally: Tally,
     ) -> None:
         self._peers = peers
+        self._tally = tally
         self._access = access
         self._priorities = priorities
         self._start = start
@@ -174,6 +177,7 @@ class Router:
             self._refuse(endpoint, event, CloseCode.LIMIT, str(error))
 
     def _refuse(self, endpoint: Endpoint, event: ChannelOpened, code: CloseCode, reason: str) -> None:
+        self._tally[Refusal.CHANNEL_LIMIT if code is CloseCode.LIMIT else Refusal.SERVICE] += 1
         self._noise.warning(
             "peer %s: channel to %s refused: %s", endpoint.peer, quoted(event.target), quoted(reason)
         )

@@ -212,9 +212,17 @@ class Daemon:
             ports = VmPorts(
                 hub, self._settings.config.ports.prefix, self._parts.peers, self._hypervisor.look_at_ports
             )
-            reporter = Reporter(self._registry, ports, core.service, core.feed, self._parts.wall_clock)
+            reporter = Reporter(
+                self._registry,
+                ports,
+                core.service,
+                core.feed,
+                self._parts.wall_clock,
+                core.metrics.session_begun,
+            )
             core.instances.subscribe(reporter.on_instance)
-            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest).serve)
+            refused = partial(core.metrics.input_refused, "fence-message")
+            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, refused).serve)
             returned = ReturnedMemory(journal, hub.status, partial(self._destroy, core.answers), core.tasks)
             followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
             await self._serve(core, hub, self._build_admin(core, hub, ports), followers)

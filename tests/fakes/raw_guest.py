@@ -67,6 +67,10 @@ class RawGuest:
             self._sequence, self._check = sequence, crc32(data[4 : 4 + IDENTITY_BYTES], self._check)
         self._writer.write(data)
 
+    def send_raw(self, data: bytes) -> None:
+        """Queue any bytes."""
+        self._writer.write(data)
+
     async def expect(self, *kinds: FrameType) -> Frame:
         """The next frame of one of these kinds; others are skipped. Fails after 10 s."""
         async with asyncio.timeout(10):

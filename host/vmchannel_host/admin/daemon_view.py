@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import fence_vmchannel
+from fence_vmchannel.core.tally import Refusal
 from fence_vmchannel.hub.events import PeerStatus
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceProgress, FenceRequest
@@ -25,6 +26,7 @@ from vmchannel_host.admin.view import (
     InstanceView,
     OperationView,
     PortView,
+    TrafficView,
     VmView,
 )
 from vmchannel_host.doctor.daemon_facts import Doctor
@@ -180,6 +182,12 @@ class View:
         """This host: the bus is local."""
         count = sum(len(self._registry.instances(vm)) for vm in self._registry.vms())
         return (HostView(name=self._host, member=True, synced=True, instances=count),)
+
+    def traffic(self) -> TrafficView:
+        """What the hub counts. Every kind is there from the beginning, so that an increase shows."""
+        load = self._hub.load()
+        refused = {kind.value: self._hub.refused[kind] for kind in Refusal}
+        return TrafficView(refused, load.full_out, load.full_in, load.unsent_bytes)
 
     async def ops(self, limit: int) -> Sequence[OperationView]:
         """Newest first."""

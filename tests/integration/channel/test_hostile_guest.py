@@ -11,7 +11,7 @@ import random
 import socket
 import struct
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,7 @@ class Scene:
     hub: Hub
     honest: Hub
     qemu: socket.socket
+    refused: list[str] = field(default_factory=list[str])  # "fence" for each fence message that was refused
 
     async def guest(self) -> RawGuest:
         """The attacker, on the hub's next connection."""
@@ -109,12 +110,14 @@ async def scene(directory: Path) -> AsyncGenerator[Scene]:
             Hub(PeerIdentity("honest-boot", "honest"), default_peer=HOST_PEER) as honest,
         ):
             hub.offer("org.example.echo", echo)
-            hub.offer(FENCE_SERVICE, FenceChannels(Answers(), lambda _: None).serve)
+            refused: list[str] = []
+            channels = FenceChannels(Answers(), lambda _: None, lambda: refused.append("fence"))
+            hub.offer(FENCE_SERVICE, channels.serve)
             hub.attach(replace(VM, kind=PeerKind.VM, info=port), ChardevConnector(path, trust))
             hub.attach(HONEST, fake.host)
             honest.attach(HOST, fake.guest, role=Role.GUEST)
             assert await eventually(lambda: honest.status().peers[0].connected)
-            yield Scene(hub, honest, qemu)
+            yield Scene(hub, honest, qemu, refused)
     finally:
         fake.close()
         qemu.close()
@@ -124,6 +127,22 @@ def code_of(payload: bytes) -> int:
     """The code of a CLOSE."""
     code: int = struct.unpack_from(">H", payload)[0]
     return code
+
+
+@pytest.mark.parametrize("message", [b"", b"garbage", encode_message(AnnounceAnswer(True, ""))])
+async def test_what_is_no_message_of_a_client_ends_its_fence_channel_and_is_counted(
+    tmp_path: Path, message: bytes
+) -> None:
+    async with scene(tmp_path) as stage:
+        guest = await stage.guest()
+        await guest.greet()
+        guest.send(FrameType.OPEN, opening(FENCE_SERVICE), channel=1)
+        assert (await guest.answer(1)).type == FrameType.ACCEPT
+        guest.send(FrameType.DATA, message, channel=1)
+        assert code_of((await guest.expect(FrameType.CLOSE)).payload) == CloseCode.PROTOCOL
+        assert stage.refused == ["fence"]
+        await stage.honest_is_served()
+        await guest.close()
 
 
 async def test_a_guest_gets_so_many_fence_channels_and_a_closed_one_makes_room(tmp_path: Path) -> None:
