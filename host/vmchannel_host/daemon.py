@@ -28,7 +28,7 @@ from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
 from vmchannel_host.config.loading import check_config
 from vmchannel_host.config.model import AfterKill, HostConfig
-from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.doctor.daemon_facts import Doctor, MachineLook
 from vmchannel_host.doctor.facts import MachineFacts
 from vmchannel_host.doctor.machine import collect
 from vmchannel_host.fence_channel import FenceChannels, Metered
@@ -279,6 +279,7 @@ class Daemon:
             ports=ports,
             operations=core.coordinator,
             operator=core.answers,
+            rules=lambda: core.coordinator.settings.rules,
             doctor=self._build_doctor(core, hub, ports),
             word=OperatorWord(
                 instances=core.instances,
@@ -318,7 +319,7 @@ class Daemon:
             boot_id=parts.processes.boot_id,
             clock=parts.clock,
             wall_clock=parts.wall_clock,
-            machine=machine,
+            machine=MachineLook(machine),
         )
 
     async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +30,10 @@ from vmchannel_host.admin.view import (
     VmView,
 )
 from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
+from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.service import ProgressSink, Requester
 from vmchannel_host.hypervisors import HypervisorError
@@ -105,6 +107,7 @@ class View:
         ports: VmPorts,
         operations: Operations,
         operator: Operator,
+        rules: Callable[[], Rules],
         word: OperatorWord,
         doctor: Doctor,
         journal: PastOperations,
@@ -122,6 +125,7 @@ class View:
         self._ports = ports
         self._operations = operations
         self._operator = operator
+        self._rules = rules
         self._word = word
         self._doctor = doctor
         self._journal = journal
@@ -166,7 +170,7 @@ class View:
                 aliases=self._aliases(vm, policy),
                 connected=vm in connected,
                 operation=running.get(vm, ""),
-                problem="; ".join(self._registry.objections(vm)) if not self._registry.instances(vm) else "",
+                problem="" if self._registry.instances(vm) else "; ".join(self._doubts(vm)),
             )
             for vm in self._registry.vms()
         ]
@@ -267,7 +271,13 @@ class View:
         if self._registry.instances(vm):
             return "on"
         # From memory: a cache may answer ON only (S0). `status` of the VM takes the look that OFF needs.
-        return "unknown" if self._registry.objections(vm) else "gone"
+        return "unknown" if any(self._doubts(vm)) else "gone"
+
+    def _doubts(self, vm: VmUuid) -> Iterator[str]:
+        """What stands against calling a VM off of which no process is left here."""
+        yield from self._registry.objections(vm)
+        for end in evidence.unsettled(self._registry.ended(vm), self._rules()):
+            yield f"its last writes are not proven to have settled: {evidence.end_line(end)}"
 
     def _instance(self, one: Instance) -> InstanceView:
         return InstanceView(
