@@ -33,6 +33,7 @@ from fence_vmchannel.core.events import (
     Role,
 )
 from fence_vmchannel.core.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -90,9 +91,10 @@ Outgoing = tuple[int, int, int, bytes]
 class Multiplexer:
     """The channels of one connection."""
 
-    def __init__(self, role: Role, limits: Limits, events: list[Event]) -> None:
+    def __init__(self, role: Role, limits: Limits, events: list[Event], tally: Tally) -> None:
         """`events` is the connection's list; what happens is appended to it."""
         self._limits = limits
+        self._tally = tally
         self._events = events
         self._channels: dict[int, Channel] = {}
         self._parity = 0 if role is Role.HOST else 1  # of our own channel numbers
@@ -181,6 +183,13 @@ class Multiplexer:
         """See `Connection.max_message`."""
         channel = self._channels.get(number)
         return largest_message(channel.largest_window) if channel is not None else 0
+
+    def full(self) -> tuple[int, int]:
+        """See `Connection.full_channels`."""
+        alive = [one for one in self._channels.values() if one.state is ChannelState.OPEN]
+        outward = sum(8 * (one.send_limit - one.sent) < one.largest_window for one in alive)
+        inward = sum(8 * (one.receive_limit - one.received) < one.window for one in alive)
+        return outward, inward
 
     def grant(self, number: int, delivered: int, limit: int, *, lazily: bool) -> None:
         """See `Connection.grant`."""
@@ -648,10 +657,12 @@ class Multiplexer:
 
     def _break(self, channel: Channel, reason: str, code: CloseCode = CloseCode.PROTOCOL) -> None:
         """The peer broke a rule of this channel, or asks too much: end it on both sides."""
+        self._tally[Refusal.CHANNEL_LIMIT if code is CloseCode.LIMIT else Refusal.CHANNEL] += 1
         self.abort(channel.number, code, reason)
         self._events.append(Closed(channel.number, code, reason, True))
 
     def _refuse(self, number: int, code: CloseCode, reason: str) -> None:
+        self._tally[Refusal.CHANNEL_LIMIT if code is CloseCode.LIMIT else Refusal.CHANNEL] += 1
         if len(self._refusals) >= self._limits.channels:
             raise RemoteProtocolError("too many channels opened beyond the limit")
         self._refusals.append((number, code, reason))

@@ -32,6 +32,7 @@ from fence_vmchannel.core.events import (
 from fence_vmchannel.core.frames import FRAME_COST, MAX_FRAGMENT
 from fence_vmchannel.core.session import Session
 from fence_vmchannel.core.session_state import SessionState
+from fence_vmchannel.core.tally import Tally
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
 
 __all__ = [
@@ -68,11 +69,18 @@ class Connection:
         *,
         random_bytes: Callable[[int], bytes],
         limits: Limits = _DEFAULT_LIMITS,
+        tally: Tally | None = None,
     ) -> None:
-        """`random_bytes(n)` gives n unguessable bytes (os.urandom); tests give a seeded generator."""
+        """`random_bytes(n)` gives n unguessable bytes (os.urandom); tests give a seeded generator.
+
+        `tally` counts what is refused; None: one of its own.
+        """
         self._events: list[Event] = []
-        self._channels = Multiplexer(role, limits, self._events)
-        self._session = Session(role, identity, limits, random_bytes, self._channels, self._events)
+        self.tally = Tally() if tally is None else tally
+        self._channels = Multiplexer(role, limits, self._events, self.tally)
+        self._session = Session(
+            role, identity, limits, random_bytes, self._channels, self._events, self.tally
+        )
 
     # --- the link ---
 
@@ -158,6 +166,14 @@ class Connection:
     def channels(self) -> int:
         """How many channels exist now."""
         return len(self._channels)
+
+    @property
+    def full_channels(self) -> tuple[int, int]:
+        """Channels with under an eighth of their window left, of the peer's reader and of ours.
+
+        Their writers wait, or will soon. Looks at every channel.
+        """
+        return self._channels.full()
 
     @property
     def unsent_bytes(self) -> int:
@@ -291,6 +307,7 @@ class Connection:
         *,
         random_bytes: Callable[[int], bytes],
         limits: Limits = _DEFAULT_LIMITS,
+        tally: Tally | None = None,
     ) -> Connection:
         """Go on with an exported session: call `link_up` next. Channel ids and offsets are as they were.
 
@@ -299,6 +316,6 @@ class Connection:
         """
         from fence_vmchannel.core import handover, saved
 
-        connection = cls(role, identity, random_bytes=random_bytes, limits=limits)
+        connection = cls(role, identity, random_bytes=random_bytes, limits=limits, tally=tally)
         handover.load(connection._session, saved.unpack(state))
         return connection

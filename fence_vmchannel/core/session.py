@@ -57,11 +57,20 @@ from fence_vmchannel.core.greeting import (
 )
 from fence_vmchannel.core.reliability import Inbox, Outbox, why_numbers_do_not_fit
 from fence_vmchannel.core.session_state import SessionInput, SessionState, next_state
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.core.timers import ACK_AFTER_BYTES, GreetingPace, Timers
 from fence_vmchannel.errors import RemoteProtocolError
 
 FEATURES: Final = 0
 """Optional features of this implementation, a bit set; none exist yet."""
+
+_KINDS: Final = {
+    EndCode.PROTOCOL: Refusal.PROTOCOL,
+    EndCode.NO_COMMON_VERSION: Refusal.VERSION,
+    EndCode.UNKNOWN_FRAME: Refusal.UNKNOWN_FRAME,
+    EndCode.GARBAGE: Refusal.GARBAGE,
+}
+"""How a refusal of the link is counted."""
 
 _DEAF: Final = frozenset((SessionState.UNLINKED, SessionState.REFUSED, SessionState.EXPORTED))
 
@@ -77,6 +86,7 @@ class Session:
         random_bytes: Callable[[int], bytes],
         channels: Multiplexer,
         events: list[Event],
+        tally: Tally,
     ) -> None:
         self.role = role
         self.state = SessionState.UNLINKED
@@ -93,6 +103,7 @@ class Session:
         self._random_bytes = random_bytes
         self.channels = channels
         self._events = events
+        self._tally = tally
         self._decoder = FrameDecoder()
         self._deaf = True  # what comes does not count: no link, or one that is of no use
         self._epoch = 0  # of the frames that count; 0: none do
@@ -221,7 +232,7 @@ class Session:
         else:
             fits = self._acknowledged(frame, now)
         if not fits:
-            self._anomaly("acknowledgement does not fit", now)
+            self._misfit("acknowledgement does not fit", now)
             return
         if frame.version != self.version and frame.type != FrameType.ERROR:
             raise RemoteProtocolError(f"a frame of version {frame.version}, agreed was {self.version}")
@@ -233,7 +244,7 @@ class Session:
         elif frame.type == FrameType.ACK:
             sent, check = decode_progress(frame.payload)
             if sent != self.inbox.received or check != self.inbox.check:
-                self._anomaly("frames are missing", now)
+                self._misfit("frames are missing", now)
         elif frame.type == FrameType.ERROR:
             self._refused_by_peer(frame, ends_session=True)
         elif frame.type >= FIRST_SEQUENCED:
@@ -243,7 +254,7 @@ class Session:
 
     def _sequenced(self, frame: Frame, now: float) -> None:
         if not self.inbox.take(frame):
-            self._anomaly("a sequence number does not fit", now)
+            self._misfit("a sequence number does not fit", now)
             return
         self._unacknowledged_bytes += HEADER_BYTES + len(frame.payload)
         if self._unacknowledged_bytes >= ACK_AFTER_BYTES:
@@ -425,7 +436,7 @@ class Session:
             trouble = self._why_not_go_on(welcome)
             if trouble:  # the next HELLO names no session, so that the host begins a new one
                 self._new_session(NO_SESSION, VERSIONS[0], trouble)
-                self._anomaly(trouble, now)
+                self._misfit(trouble, now)
                 return
             self._resume(theirs.received)
         else:
@@ -525,7 +536,12 @@ class Session:
         if self._decoder.hopeless:
             self._refuse(EndCode.GARBAGE, "too much garbage", link_only=True)
         elif self._epoch:  # before the greeting garbage is to be expected
+            self._tally[Refusal.GARBAGE] += 1
             self._anomaly("damaged bytes", now)
+
+    def _misfit(self, reason: str, now: float) -> None:
+        self._tally[Refusal.MISFIT] += 1
+        self._anomaly(reason, now)
 
     def _anomaly(self, _reason: str, now: float) -> None:
         """Greet anew on this link; the numbers in the greeting say what is missing."""
@@ -537,6 +553,7 @@ class Session:
 
     def _refuse(self, code: EndCode, reason: str, *, link_only: bool = False) -> None:
         """End this link with an ERROR frame, and the session with it unless `link_only`."""
+        self._tally[_KINDS[code]] += 1
         self._error = encode_frame(
             FrameType.ERROR,
             encode_end(code, reason),

@@ -13,6 +13,7 @@ from typing import Final, Protocol, assert_never
 from fence_vmchannel.access import Credentials
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.events import ChannelOpened, Opened, PeerIdentity, Reset
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, RemoteProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubStatus
@@ -55,8 +56,10 @@ class LocalServer:
         *,
         max_clients: int,
         clock: Callable[[], float],
+        tally: Tally,
     ) -> None:
         self._listener = listener
+        self._tally = tally
         self._make = make
         self._places = ClientPlaces(max_clients)
         self._clients: set[Endpoint] = set()
@@ -99,6 +102,7 @@ class LocalServer:
 
     def _admit(self, sock: socket.socket, who: Credentials) -> None:
         if not self._places.enter(who.uid):
+            self._tally[Refusal.CLIENT_LIMIT] += 1
             self._noise.warning(
                 "%s: %s turned away: %d clients", self._listener.path, who, len(self._clients)
             )

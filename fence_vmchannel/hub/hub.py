@@ -19,12 +19,22 @@ from fence_vmchannel.addresses import HUB_SERVICE, PORT_PREFIX, Address, check_s
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.connection import Connection
 from fence_vmchannel.core.events import Limits, PeerIdentity, Priority, Role
+from fence_vmchannel.core.tally import Tally
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import CloseCode, LocalProtocolError
 from fence_vmchannel.hub.applications import HubService, LocalObserver, LocalServer
 from fence_vmchannel.hub.events import HubEvent, HubStatus
-from fence_vmchannel.hub.peer_table import Connector, Peer, PeerObserver, PeerTable, keep_linked, peer_status
+from fence_vmchannel.hub.peer_table import (
+    Connector,
+    Load,
+    Peer,
+    PeerObserver,
+    PeerTable,
+    keep_linked,
+    measure,
+    peer_status,
+)
 from fence_vmchannel.hub.ports import MAX_PORTS, PortConnector, follow_ports
 from fence_vmchannel.hub.router import OwnService, Router
 from fence_vmchannel.hub.serving import Handler
@@ -89,6 +99,7 @@ class Hub:
         self._max_clients = max_clients
         self._clock = clock
         self._random_bytes = random_bytes
+        self.refused: Final = Tally()  # by all peers and local applications, since the hub was made
         self._tasks = Supervisor()
         self._watches = WatchList(self._snapshot)
         self._peers = PeerTable(default_peer, self._watches.publish)
@@ -99,6 +110,7 @@ class Hub:
             start=self._tasks.start,
             publish=self._watches.publish,
             clock=clock,
+            tally=self.refused,
         )
         self._servers: list[LocalServer] = []
         service = HubService(self, self._router, identity)
@@ -185,7 +197,13 @@ class Hub:
         if self._peers.get(peer) is not None:
             raise LocalProtocolError(f"peer {peer} is attached already")
         terms = self._terms if terms is None else terms
-        connection = Connection(role, self._identity, random_bytes=self._random_bytes, limits=terms.limits)
+        connection = Connection(
+            role,
+            self._identity,
+            random_bytes=self._random_bytes,
+            limits=terms.limits,
+            tally=self.refused,
+        )
         endpoint = Endpoint(
             peer, connection, PeerObserver(peer, self._peers, self._router.from_peer), clock=self._clock
         )
@@ -229,7 +247,9 @@ class Hub:
             LinkError: another hub serves it, or it cannot be made.
         """
         listener = LocalListener(path, mode=mode, gid=gid, backlog=backlog)
-        server = LocalServer(listener, self._make_client, max_clients=self._max_clients, clock=self._clock)
+        server = LocalServer(
+            listener, self._make_client, max_clients=self._max_clients, clock=self._clock, tally=self.refused
+        )
         self._servers.append(server)
 
     # --- seeing ---
@@ -248,6 +268,10 @@ class Hub:
             tuple(peer_status(peer) for peer in self._peers),
             tuple(self._router.offered()),
         )
+
+    def load(self) -> Load:
+        """How full the peers' queues are now."""
+        return measure(self._peers)
 
     @property
     def clients(self) -> int:
@@ -279,6 +303,10 @@ class Hub:
     def _make_client(self, who: Credentials) -> Endpoint:
         peer = PeerInfo(f"local:{who.pid}", PeerKind.LOCAL, credentials=who)
         connection = Connection(
-            Role.HOST, self._identity, random_bytes=self._random_bytes, limits=self._local_limits
+            Role.HOST,
+            self._identity,
+            random_bytes=self._random_bytes,
+            limits=self._local_limits,
+            tally=self.refused,
         )
         return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -250,6 +250,26 @@ async def _pause(hurry: asyncio.Event, pause_s: float) -> None:
     except TimeoutError:
         pass
     hurry.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How full the queues of all peers are."""
+
+    full_out: int  # channels whose reader at the peer has no room left: our writers wait
+    full_in: int  # channels whose reader here has no room left: the peer's writers wait
+    unsent_bytes: int  # queued for the peers, or sent and not yet acknowledged
+
+
+def measure(peers: Iterable[Peer]) -> Load:
+    """The load now. Looks at every channel: for a scrape, not for each frame."""
+    connections = [peer.endpoint.connection for peer in peers]
+    full = [one.full_channels for one in connections]
+    return Load(
+        sum(out for out, _ in full),
+        sum(into for _, into in full),
+        sum(one.unsent_bytes for one in connections),
+    )
 
 
 def peer_status(peer: Peer) -> PeerStatus:

@@ -16,6 +16,7 @@ from fence_vmchannel.access import AccessRules, Credentials
 from fence_vmchannel.addresses import HUB_SERVICE, Address, check_service, parse_address
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.events import ChannelOpened, Priority
+from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.endpoint import Endpoint
 from fence_vmchannel.errors import ChannelError, CloseCode, LocalProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubEvent, ServiceOffered, ServiceWithdrawn
@@ -69,8 +70,10 @@ class Router:
         start: Callable[[Coroutine[object, object, None], str], object],
         publish: Callable[[HubEvent], None],
         clock: Callable[[], float],
+        tally: Tally,
     ) -> None:
         self._peers = peers
+        self._tally = tally
         self._access = access
         self._priorities = priorities
         self._start = start
@@ -188,6 +191,7 @@ class Router:
         relay(source, event, target, service, payload=payload, priority=priority)
 
     def _refuse(self, endpoint: Endpoint, event: ChannelOpened, code: CloseCode, reason: str) -> None:
+        self._tally[Refusal.CHANNEL_LIMIT if code is CloseCode.LIMIT else Refusal.SERVICE] += 1
         self._noise.warning(
             "peer %s: channel to %s refused: %s", endpoint.peer, quoted(event.target), quoted(reason)
         )

@@ -28,7 +28,7 @@ from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
 from vmchannel_host.config.loading import check_config
 from vmchannel_host.config.model import AfterKill, HostConfig
-from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.doctor.daemon_facts import Doctor, MachineLook
 from vmchannel_host.doctor.facts import MachineFacts
 from vmchannel_host.doctor.machine import collect
 from vmchannel_host.fence_channel import FenceChannels, Metered
@@ -237,10 +237,18 @@ class Daemon:
                 self._hypervisor.look_at_ports,
                 partial(terms_of_port, self._settings.config),
             )
-            reporter = Reporter(self._registry, ports, core.service, core.feed, self._parts.wall_clock)
+            reporter = Reporter(
+                self._registry,
+                ports,
+                core.service,
+                core.feed,
+                self._parts.wall_clock,
+                core.metrics.session_begun,
+            )
             core.instances.subscribe(reporter.on_instance)
             pace = Pace(self._settings.config.limits.requests, self._parts.clock)
-            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, pace).serve)
+            refused = partial(core.metrics.input_refused, "fence-message")
+            hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, pace, refused).serve)
             returned = ReturnedMemory(journal, hub.status, partial(self._destroy, core.answers), core.tasks)
             followers = (reporter.follow(hub.watch()), returned.follow(hub.watch()))
             await self._serve(core, hub, self._build_admin(core, hub, ports), followers)
@@ -297,6 +305,7 @@ class Daemon:
             ports=ports,
             operations=core.coordinator,
             operator=core.answers,
+            rules=lambda: core.coordinator.settings.rules,
             doctor=self._build_doctor(core, hub, ports),
             word=OperatorWord(
                 instances=core.instances,
@@ -336,7 +345,7 @@ class Daemon:
             boot_id=parts.processes.boot_id,
             clock=parts.clock,
             wall_clock=parts.wall_clock,
-            machine=machine,
+            machine=MachineLook(machine),
         )
 
     async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:

@@ -64,13 +64,26 @@ class Answers(Protocol):
 class FenceChannels:
     """Serves the channels of the fence service, one `serve` each."""
 
-    def __init__(self, service: Answers, on_guest: Callable[[Requester], None], pace: Pace) -> None:
-        """`on_guest` is told who has opened a channel, before anything is read from it. `pace` counts each
-        VM's channels and messages: who is too fast is read later, and his deadlines do not wait.
+    def __init__(
+        self,
+        service: Answers,
+        on_guest: Callable[[Requester], None],
+        pace: Pace,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve none yet.
+
+        Args:
+            service: answers.
+            on_guest: is told who has opened a channel, before anything is read from it.
+            pace: counts each VM's channels and messages: who is too fast is read later, and his deadlines do
+                not wait.
+            on_refused: called when a message ends its channel because it is none that a client may send.
         """
         self._service = service
         self._on_guest = on_guest
         self._pace = pace
+        self._on_refused = on_refused
         self._open: Counter[VmUuid | None] = Counter()  # channels by VM
         self._turns = Turns()
         self._log_limit = RateLimiter()
@@ -113,6 +126,7 @@ class FenceChannels:
         except* RemoteProtocolError as group:
             line = _log.bind(vm=requester.vm, peer=str(channel.peer))
             why = group.exceptions[0]
+            self._on_refused()
             line.limited(self._log_limit, logging.WARNING, requester.vm, "fence channel ended: %s", why)
             channel.close(CloseCode.PROTOCOL, str(group.exceptions[0])[:200])
         except* ChannelError:

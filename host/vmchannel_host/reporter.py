@@ -21,6 +21,7 @@ from fence_vmchannel.hub.events import (
 )
 from fence_vmchannel.hub.watch import Watch
 from vmchannel_host.admin.feed import Feed
+from vmchannel_host.admin.metrics import SessionBegin
 from vmchannel_host.admin.view import AdminEvent
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
@@ -45,12 +46,15 @@ class Reporter:
         service: Interrupted,
         feed: Feed,
         wall_clock: Callable[[], float],
+        count: Callable[[SessionBegin], None] = lambda _: None,
     ) -> None:
+        """`count` hears of every session that begins."""
         self._registry = registry
         self._ports = ports
         self._service = service
         self._feed = feed
         self._wall_clock = wall_clock
+        self._count = count
         self._run_states: dict[ProcessIdentity, RunState] = {}
         self._interruptions: dict[ProcessIdentity, int] = {}
         self._boots: dict[VmUuid, str] = {}  # the kernel boot with which a VM's guest last spoke
@@ -98,11 +102,13 @@ class Reporter:
         match event:
             case PeerConnected():
                 self._ports.greeted(VmUuid(event.key), event.port)
+                self._count("resumed" if event.resumed else "new")
                 text = f"session {event.session[:8]}{' resumed' if event.resumed else ''}"
                 self._tell("port.connected", f"{event.port}: {text}", VmUuid(event.key))
             case PeerDisconnected():
                 self._tell("port.disconnected", f"{event.port}: {event.reason}", VmUuid(event.key))
             case SessionWasReset():
+                self._count("reset")
                 self._tell("session.reset", f"{event.port}: {event.reason}", VmUuid(event.key))
             case PortAdded():
                 self._tell("port.added", event.port, VmUuid(event.key))

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import fence_vmchannel
+from fence_vmchannel.core.tally import Refusal
 from fence_vmchannel.hub.events import PeerStatus
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceProgress, FenceRequest
@@ -25,12 +26,14 @@ from vmchannel_host.admin.view import (
     InstanceView,
     OperationView,
     PortView,
+    TrafficView,
     VmView,
 )
 from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
-from vmchannel_host.fencing.evidence import silent_reasons
+from vmchannel_host.fencing.evidence import Rules, silent_reasons
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
@@ -105,6 +108,7 @@ class View:
         ports: VmPorts,
         operations: Operations,
         operator: Operator,
+        rules: Callable[[], Rules],
         word: OperatorWord,
         doctor: Doctor,
         journal: PastOperations,
@@ -122,6 +126,7 @@ class View:
         self._ports = ports
         self._operations = operations
         self._operator = operator
+        self._rules = rules
         self._word = word
         self._doctor = doctor
         self._journal = journal
@@ -166,7 +171,7 @@ class View:
                 aliases=self._aliases(vm, policy),
                 connected=vm in connected,
                 operation=running.get(vm, ""),
-                problem="; ".join(self._registry.objections(vm)) if not self._registry.instances(vm) else "",
+                problem="" if self._registry.instances(vm) else "; ".join(self._doubts(vm)),
             )
             for vm in self._registry.vms()
         ]
@@ -182,6 +187,12 @@ class View:
         """This host: the bus is local."""
         count = sum(len(self._registry.instances(vm)) for vm in self._registry.vms())
         return (HostView(name=self._host, member=True, synced=True, instances=count),)
+
+    def traffic(self) -> TrafficView:
+        """What the hub counts. Every kind is there from the beginning, so that an increase shows."""
+        load = self._hub.load()
+        refused = {kind.value: self._hub.refused[kind] for kind in Refusal}
+        return TrafficView(refused, load.full_out, load.full_in, load.unsent_bytes)
 
     async def ops(self, limit: int) -> Sequence[OperationView]:
         """Newest first."""
@@ -261,7 +272,13 @@ class View:
         if self._registry.instances(vm):
             return "on"
         # From memory: a cache may answer ON only (S0). `status` of the VM takes the look that OFF needs.
-        return "unknown" if self._registry.objections(vm) else "gone"
+        return "unknown" if any(self._doubts(vm)) else "gone"
+
+    def _doubts(self, vm: VmUuid) -> Iterator[str]:
+        """What stands against calling a VM off of which no process is left here."""
+        yield from self._registry.objections(vm)
+        for end in evidence.unsettled(self._registry.ended(vm), self._rules()):
+            yield f"its last writes are not proven to have settled: {evidence.end_line(end)}"
 
     def _instance(self, one: Instance) -> InstanceView:
         return InstanceView(

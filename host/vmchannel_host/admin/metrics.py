@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,6 +16,13 @@ from vmchannel_host.admin.view import AdminView
 from vmchannel_host.printable import printable
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+HostKind = Literal["fence-message", "admin-request"]
+"""Input that the host daemon itself refuses: a message on a fence channel, a request to the admin API."""
+
+HOST_KINDS: Final[tuple[HostKind, ...]] = ("fence-message", "admin-request")
+
+SessionBegin = Literal["new", "resumed", "reset"]
 
 _BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0)
 
@@ -38,22 +45,30 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self.registry,
         )
-        self._refused = Counter(
-            "vmchannel_refused_input", "Input that was refused, by kind.", ("kind",), registry=self.registry
+        self._sessions = Counter(
+            "vmchannel_sessions_begun",
+            "Sessions with guests, by how they began.",
+            ("how",),
+            registry=self.registry,
         )
+        self._refused = dict.fromkeys(HOST_KINDS, 0)
 
     def operation_answered(self, action: FenceAction, code: FenceCode, elapsed_s: float) -> None:
         """A fence request, of a guest or of the operator, got its answer."""
         self._operations.labels(action.name.lower(), code.name.lower()).inc()
         self._seconds.labels(action.name.lower()).observe(elapsed_s)
 
-    def input_refused(self, kind: str) -> None:
-        """A peer's bytes were refused; `kind` is one of a few fixed words, never text from the peer."""
-        self._refused.labels(kind).inc()
+    def session_begun(self, how: SessionBegin) -> None:
+        """A session with a guest was opened, resumed, or reset."""
+        self._sessions.labels(how).inc()
+
+    def input_refused(self, kind: HostKind) -> None:
+        """Input was refused in the host daemon; what its hub refuses is in `AdminView.traffic`."""
+        self._refused[kind] += 1
 
     def follow(self, view: AdminView) -> None:
         """Read the gauges from this view; once."""
-        self.registry.register(_ViewCollector(view))
+        self.registry.register(_ViewCollector(view, self._refused))
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -63,8 +78,9 @@ class Metrics:
 class _ViewCollector(Collector):
     """Turns the view's snapshots into metrics."""
 
-    def __init__(self, view: AdminView) -> None:
+    def __init__(self, view: AdminView, refused: Mapping[HostKind, int]) -> None:
         self._view = view
+        self._host_refused = refused
 
     def collect(self) -> Iterable[Metric]:
         """Called at each scrape (`prometheus_client.registry.Collector`)."""
@@ -75,6 +91,7 @@ class _ViewCollector(Collector):
         yield _gauge("vmchannel_problems", "Problems that stop fencing now.", len(status.problems))
         yield self._power()
         yield from self._ports()
+        yield from self._traffic()
 
     def _power(self) -> Metric:
         vms = self._view.vms()
@@ -83,6 +100,26 @@ class _ViewCollector(Collector):
         for power in sorted({"on", "off", "unknown", *tally}):
             family.add_metric([power], tally[power])
         return family
+
+    def _traffic(self) -> Iterable[Metric]:
+        traffic = self._view.traffic()
+        refused = CounterMetricFamily(
+            "vmchannel_refused_input", "Input that was refused, by kind.", labels=["kind"]
+        )
+        for kind, count in sorted((*traffic.refused.items(), *self._host_refused.items())):
+            refused.add_metric([kind], count)
+        yield refused
+        full = GaugeMetricFamily(
+            "vmchannel_channels_at_limit",
+            "Channels whose reader has no room left, so that their writer waits.",
+            labels=["direction"],
+        )
+        full.add_metric(["to-guest"], traffic.full_to_guests)
+        full.add_metric(["from-guest"], traffic.full_from_guests)
+        yield full
+        yield _gauge(
+            "vmchannel_unsent_bytes", "Bytes queued for guests, or not acknowledged.", traffic.unsent_bytes
+        )
 
     def _ports(self) -> Iterable[Metric]:
         ports = self._view.ports()

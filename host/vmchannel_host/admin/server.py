@@ -47,6 +47,7 @@ class AdminServer:
         """
         metrics.follow(view)
         self._handlers = AdminHandlers(view, metrics, limits)
+        self._metrics = metrics
         self._path = path
         self._group = group
         self._limits = limits
@@ -154,11 +155,15 @@ class AdminServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
+            self._metrics.input_refused("admin-request")
             remedy = "see vmchannelctl(8) for the paths" if error.status in (404, 405) else ""
             code = error.reason.lower().replace(" ", "_")
             return refusal_response(AdminRefusal(error.status, code, error.reason, remedy))
         except Exception as error:  # noqa: BLE001 - the top of a request: logged, never an answer of success
-            return refusal_response(as_refusal(error, request.path))
+            refusal = as_refusal(error, request.path)
+            if refusal.code == "bad_request":
+                self._metrics.input_refused("admin-request")
+            return refusal_response(refusal)
 
 
 def refusal_response(refusal: AdminRefusal) -> web.Response:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,16 @@ class PortView:
     received_bytes: int = 0
     sent_bytes: int = 0
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficView:
+    """What the hub refused since the daemon began, and how full its queues are. For metrics."""
+
+    refused: Mapping[str, int]  # by kind, one of a few fixed words
+    full_to_guests: int  # channels whose reader in the guest has no room left: our writers wait
+    full_from_guests: int  # channels whose reader here has no room left: the guest's writers wait
+    unsent_bytes: int  # queued for guests, or sent and not acknowledged
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +197,8 @@ class AdminView(Protocol):
 
     def hosts(self) -> Sequence[HostView]: ...
 
+    def traffic(self) -> TrafficView: ...
+
     async def ops(self, limit: int) -> Sequence[OperationView]:
         """Newest first, running ones included."""
         ...
@@ -234,5 +246,6 @@ __all__ = [
     "OperationStep",
     "OperationView",
     "PortView",
+    "TrafficView",
     "VmView",
 ]

@@ -18,6 +18,7 @@ from vmchannel_host.cli.console import Console, ExitCode
 from vmchannel_host.cli.doctor import add_doctor, doctor
 from vmchannel_host.cli.http_client import AdminClient, Answer, BrokenOff, CliError, Doc, docs, told
 from vmchannel_host.cli.progress import ProgressLine
+from vmchannel_host.cli.setup import add_setup, setup
 
 DEFAULT_SOCKET: Final = "/run/vmchannel/admin.sock"
 ACTIONS: Final = ("off", "on", "reboot", "status")
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add("ports", _list("/v1/ports", show.ports), "list the ports that are served")
     add("hosts", _list("/v1/hosts", show.hosts), "list the hosts that could hold a VM")
     add_doctor(add("doctor", doctor, "tell what is wrong and what to do"))
+    add_setup(add("setup", setup, "propose groups of VMs and write them into policy.d"))
     add("events", _events, "show what happens, until interrupted")
     _add_fence(add("fence", _fence, "change or ask the power state of a VM"))
     add_confirm(add("confirm-off", confirm_off, "take your word that a VM which left this host is off"))

@@ -164,6 +164,11 @@ def answer(doc: Doc, width: int) -> list[str]:
     return lines
 
 
+def plain(text: str, width: int) -> list[str]:
+    """A sentence."""
+    return wrapped("", text, width)
+
+
 def confirm_question(vm: str, doc: Doc, meaning: str, width: int) -> list[str]:
     """What an operator reads before the word is given."""
     pairs = [

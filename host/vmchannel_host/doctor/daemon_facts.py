@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
@@ -25,7 +26,7 @@ from vmchannel_host.doctor.rules import judge
 from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.journal.types import JournalError, OperationRows, VerifyResult
-from vmchannel_host.model import BootId, EndCause, IoState, RunState, VmUuid
+from vmchannel_host.model import BootId, RunState, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
 from vmchannel_host.policy.vm_directory import VmDirectory
@@ -33,6 +34,8 @@ from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.vm_ports import VmPorts
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 VERIFY_S: Final = 5.0
 """How long the walk over the journal may take; a longer journal is for `verify-journal`."""
@@ -47,6 +50,35 @@ class Records(Protocol):
     async def verify(self) -> VerifyResult: ...
 
     async def operations(self, limit: int = ...) -> list[OperationRows]: ...
+
+
+class MachineLook:
+    """Looks at the machine in a thread: one at a time, for a disk that hangs would keep every thread."""
+
+    def __init__(self, look: Callable[[Sequence[str], float], MachineFacts], *, slack_s: float = 2.0) -> None:
+        """`look` gets the ports' sockets and the seconds that it may take, and blocks; it is not waited for
+        more than `slack_s` seconds longer.
+        """
+        self._look = look
+        self._slack_s = slack_s
+        self._running: asyncio.Future[MachineFacts] | None = None
+
+    async def facts(self, paths: Sequence[str], timeout_s: float) -> MachineFacts:
+        """What it found; only `late` when it does not end in time. Who asks at once shares one look."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(asyncio.to_thread(self._look, paths, timeout_s))
+            self._running.add_done_callback(_fetched)
+        try:
+            async with asyncio.timeout(timeout_s + self._slack_s):
+                return await asyncio.shield(self._running)
+        except (TimeoutError, OSError) as error:
+            _log.warning("doctor cannot look at this machine: %s", error or "no end in time")
+            return MachineFacts(late=True)
+
+
+def _fetched(look: asyncio.Future[MachineFacts]) -> None:
+    if not look.cancelled():
+        look.exception()  # looked at, so that it is not reported as forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +98,13 @@ class Doctor:
     boot_id: BootId
     clock: Callable[[], float]
     wall_clock: Callable[[], float]
-    machine: Callable[[Sequence[str], float], MachineFacts]
-    """Looks at the machine, given the ports' sockets and the seconds that it may take. Blocks."""
+    machine: MachineLook
 
     async def examine(self) -> tuple[Finding, ...]:
         """All findings. Takes as long as its two deadlines allow."""
         paths = [port.port.chardev_path for port in self.ports.served()]
-        journal, machine = await asyncio.gather(
-            self._journal(), asyncio.to_thread(self.machine, paths, MACHINE_S)
-        )
+        machine = await self.machine.facts(paths, MACHINE_S)
+        journal = await self._journal()
         directory = self.registry.directory()
         return judge(
             machine,
@@ -93,11 +123,7 @@ class Doctor:
         instances = self.registry.instances(vm)
         seen = {one.identity for one in instances}
         served = {port.vm_uuid for port in self.ports.served()}
-        unsettled = [
-            evidence.end_line(end)
-            for end in self.registry.ended(vm)
-            if self.rules().settle and end.io is IoState.UNPROVEN and end.cause is not EndCause.NONE
-        ]
+        unsettled = evidence.unsettled(self.registry.ended(vm), self.rules())
         return VmFact(
             name=self._who(vm),
             pids=tuple(one.identity.pid for one in instances),
@@ -105,7 +131,7 @@ class Doctor:
             has_port=vm in served,
             grouped=bool(self.policy().groups_of(vm, directory)),
             departed=self.registry.departed(vm) or "",
-            unsettled=tuple(unsettled),
+            unsettled=tuple(map(evidence.end_line, unsettled)),
             lost=tuple(str(one.identity) for one in self.registry.unproven(vm) if one.identity not in seen),
             qemu=tuple(sorted({one.version for one in instances} - {""})),
         )

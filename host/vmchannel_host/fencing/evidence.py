@@ -181,6 +181,15 @@ def end_line(end: InstanceEnded) -> str:
     return f"{who} gone after {end.elapsed_ms} ms: {end.proof.value}, {by}, {io}{away}"
 
 
+def unsettled(ends: Iterable[InstanceEnded], rules: Rules) -> tuple[InstanceEnded, ...]:
+    """The ends whose last writes stand against an off (S1, *gone is not written*; decision 0007)."""
+    # `after_kill` is about our own act. An end without us counts by the rule of *already off*: nobody
+    # held a list of its files, and a crashed QEMU that could never be called off would help nobody.
+    if not rules.settle:
+        return ()
+    return tuple(end for end in ends if end.io is IoState.UNPROVEN and end.cause is not EndCause.NONE)
+
+
 def confirmed_lines(report: LookReport) -> list[str]:
     """Lines for people: which ends count by an operator's word, and whose."""
     return [f"confirmed off by {cut(by)!r}: {end_line(end)}" for end, by in report.confirmed]
@@ -257,17 +266,12 @@ def _away(text: str) -> Doubt:
 
 
 def _io_doubt(claim: Claim, rules: Rules) -> Doubt | None:
-    if not rules.settle:
-        return None
-    for end in _ends(claim):
-        # `after_kill` is about our own act. An end without us counts by the rule of *already off*: nobody
-        # held a list of its files, and a crashed QEMU that could never be called off would help nobody.
-        if end.io is IoState.UNPROVEN and end.cause is not EndCause.NONE:
-            return Doubt(
-                FenceCode.FAILED,
-                f"pid {end.identity.pid} has ended, but its last writes are not proven to have settled; "
-                "`fencing.after_kill: accept` takes that risk",
-            )
+    for end in unsettled(_ends(claim), rules):
+        return Doubt(
+            FenceCode.FAILED,
+            f"pid {end.identity.pid} has ended, but its last writes are not proven to have settled: see "
+            "`vmchannelctl confirm-off`; `fencing.after_kill: accept` takes that risk for all VMs",
+        )
     return None
 
 

@@ -88,6 +88,7 @@ class Scene:
     qemu: socket.socket
     service: Answers
     attacker: PeerInfo
+    refused: list[str]  # "fence" for each fence message that was refused
     echoed: int = 0  # of the honest VM, since `undisturbed` began
 
     async def socket(self) -> socket.socket:
@@ -163,12 +164,16 @@ async def scene(
             Hub(PeerIdentity("honest-boot", "honest"), default_peer=HOST_PEER) as honest,
         ):
             hub.offer("org.example.echo", echo)
-            hub.offer(FENCE_SERVICE, FenceChannels(service, lambda _: None, pace or ENDLESS).serve)
+            refused: list[str] = []
+            channels = FenceChannels(
+                service, lambda _: None, pace or ENDLESS, lambda: refused.append("fence")
+            )
+            hub.offer(FENCE_SERVICE, channels.serve)
             hub.attach(attacker, ChardevConnector(path, trust))
             hub.attach(HONEST, fake.host)
             honest.attach(HOST, fake.guest, role=Role.GUEST)
             assert await eventually(lambda: honest.status().peers[0].connected)
-            yield Scene(hub, honest, qemu, service, attacker)
+            yield Scene(hub, honest, qemu, service, attacker, refused)
     finally:
         fake.close()
         qemu.close()

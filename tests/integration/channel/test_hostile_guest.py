@@ -29,6 +29,22 @@ from vmchannel_host.fence_channel import MAX_CHANNELS
 from vmchannel_host.pace import Pace
 
 
+@pytest.mark.parametrize("message", [b"", b"garbage", encode_message(AnnounceAnswer(True, ""))])
+async def test_what_is_no_message_of_a_client_ends_its_fence_channel_and_is_counted(
+    tmp_path: Path, message: bytes
+) -> None:
+    async with scene(tmp_path) as stage:
+        guest = await stage.guest()
+        await guest.greet()
+        guest.send(FrameType.OPEN, opening(FENCE_SERVICE), channel=1)
+        assert (await guest.answer(1)).type == FrameType.ACCEPT
+        guest.send(FrameType.DATA, message, channel=1)
+        assert code_of((await guest.expect(FrameType.CLOSE)).payload) == CloseCode.PROTOCOL
+        assert stage.refused == ["fence"]
+        await stage.honest_is_served()
+        await guest.close()
+
+
 async def test_a_guest_gets_so_many_fence_channels_and_a_closed_one_makes_room(tmp_path: Path) -> None:
     async with scene(tmp_path) as stage:
         guest = await stage.guest()

@@ -24,6 +24,7 @@ from vmchannel_host.admin.view import (
     OperationStep,
     OperationView,
     PortView,
+    TrafficView,
     VmView,
 )
 from vmchannel_host.journal.types import VerifyResult
@@ -111,6 +112,7 @@ class FakeView:
     status_now: DaemonStatus = STATUS
     vms_now: list[VmView] = field(default_factory=lambda: [VM1, VM2])
     ports_now: list[PortView] = field(default_factory=lambda: [PORT1, PORT2])
+    traffic_now: TrafficView = field(default_factory=lambda: TrafficView({"garbage": 3}, 2, 1, 4096))
     operations: list[OperationView] = field(default_factory=lambda: [OPERATION])
     can_now: CanView = field(
         default_factory=lambda: CanView(True, True, "vm1", "off", "node2", UUID2, "vm2", "group web")
@@ -142,6 +144,9 @@ class FakeView:
 
     def hosts(self) -> Sequence[HostView]:
         return [HostView("hv1", True, True, 2), HostView("hv2", False, False, 0, 93.0, "silent")]
+
+    def traffic(self) -> TrafficView:
+        return self.traffic_now
 
     async def ops(self, limit: int) -> Sequence[OperationView]:
         return self.operations[:limit]

@@ -489,14 +489,23 @@ async def test_metrics_tell_operations_and_the_views_gauges(
     rig: AdminRig, http: aiohttp.ClientSession
 ) -> None:
     rig.metrics.operation_answered(FenceAction.OFF, FenceCode.DONE, 0.02)
-    rig.metrics.input_refused("oversize")
+    rig.metrics.input_refused("fence-message")
+    rig.metrics.session_begun("resumed")
+    await get(http, "/no/such/path")
+    await get(http, "/v1/ops?limit=many")
     async with http.get("/metrics") as response:
         lines = (await response.text()).splitlines()
         assert response.headers["Content-Type"].startswith("text/plain")
     for wanted in (
         'vmchannel_operations_total{action="off",code="done"} 1.0',
         'vmchannel_operation_seconds_bucket{action="off",le="0.025"} 1.0',
-        'vmchannel_refused_input_total{kind="oversize"} 1.0',
+        'vmchannel_refused_input_total{kind="garbage"} 3.0',
+        'vmchannel_refused_input_total{kind="fence-message"} 1.0',
+        'vmchannel_refused_input_total{kind="admin-request"} 2.0',
+        'vmchannel_sessions_begun_total{how="resumed"} 1.0',
+        'vmchannel_channels_at_limit{direction="to-guest"} 2.0',
+        'vmchannel_channels_at_limit{direction="from-guest"} 1.0',
+        "vmchannel_unsent_bytes 4096.0",
         'vmchannel_vms{power="on"} 1.0',
         'vmchannel_vms{power="off"} 0.0',
         "vmchannel_ports 2.0",

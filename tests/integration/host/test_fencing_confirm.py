@@ -49,6 +49,28 @@ async def test_s1_a_departed_vm_is_off_by_the_operators_word_also_after_a_restar
     assert await site.status(vm) == "unknown"
 
 
+async def test_s1_a_killed_vm_whose_writes_cannot_be_probed_is_off_by_the_operators_word(site: Site) -> None:
+    disk = site.folder / "unlocked.img"
+    with disk.open("wb") as file:
+        file.truncate(1 << 20)
+    drive = f"file={disk},format=raw,if=virtio,file.locking=off"
+    vm = site.vm("unlocked", machine="q35", extra=("-drive", drive))
+    await site.until_run_state(vm, "running")
+    vm.signal(signal.SIGSTOP)
+    refused = await site.fence("off", vm)
+    assert (refused["ok"], refused["code"]) == (False, "failed"), refused
+    assert "confirm-off" in refused["reason"]
+    assert not vm.running
+    [shown] = [one for one in await site.ask("vms") if one["uuid"] == vm.spec.uuid]
+    assert (shown["power"], "not proven to have settled" in shown["problem"]) == ("unknown", True), shown
+    site.daemon.restart(signal.SIGKILL)
+    assert await site.status(vm) == "unknown"
+    assert (await site.ctl("confirm-off", vm.spec.name, "--yes")).code == 0
+    answer = await site.fence("off", vm)
+    assert (answer["ok"], answer["code"]) == (True, "already"), answer
+    assert any("confirmed off by 'root'" in line and "I/O unproven" in line for line in answer["evidence"])
+
+
 async def test_s1_the_word_is_refused_while_a_process_of_the_vm_runs(site: Site) -> None:
     vm = site.vm("alive")
     await site.until_run_state(vm, "running")
