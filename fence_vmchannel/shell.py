@@ -96,13 +96,18 @@ class Shell:
 
     def finish(self, reason: str) -> None:
         """Close the link, if there is one. The session and its channels wait for the next."""
+        link = self.part(reason)
+        if link is not None:
+            link.close()
+
+    def part(self, reason: str) -> Link | None:
+        """Talk over the link no more, and give it back, if there is one."""
         link, self._link = self._link, None
-        if link is None:
-            return
-        link.close()
-        self.detail = reason
-        self._lower()
-        self._handle_events()
+        if link is not None:
+            self.detail = reason
+            self._lower()
+            self._handle_events()
+        return link
 
     def turn(self) -> bool:
         """Feed, handle events, transmit. True: more may wait to be read.
@@ -159,6 +164,18 @@ class Shell:
         self._users.pop(channel, None)
         (self.connection.abort if abort else self.connection.close)(channel, code, reason)
         self.kick()
+
+    def end(self, channel: int, code: CloseCode, reason: str) -> None:
+        """End a channel from our side and tell its user, as if the peer had ended it."""
+        user = self._users.get(channel)
+        self.close(channel, code, reason)
+        if user is not None:
+            self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
+
+    @property
+    def users(self) -> dict[int, ChannelUser]:
+        """Who uses which channel now."""
+        return self._users.copy()
 
     def drop_users(self, code: CloseCode, reason: str) -> None:
         """Tell all users of channels that it is over."""

@@ -68,11 +68,23 @@ class Connection:
         *,
         random_bytes: Callable[[int], bytes],
         limits: Limits = _DEFAULT_LIMITS,
+        held_elsewhere: Callable[[bytes], bool] = lambda _: False,
     ) -> None:
-        """`random_bytes(n)` gives n unguessable bytes (os.urandom); tests give a seeded generator."""
+        """Make a connection without a session.
+
+        Args:
+            role: which side of the greeting it is.
+            identity: what it says of itself.
+            random_bytes: gives n unguessable bytes (os.urandom); tests give a seeded generator.
+            limits: its bounds.
+            held_elsewhere: HOST without a session: is asked with the session id that the peer names. True:
+                another object has that session; it takes the link over, and this one says no more.
+        """
         self._events: list[Event] = []
         self._channels = Multiplexer(role, limits, self._events)
-        self._session = Session(role, identity, limits, random_bytes, self._channels, self._events)
+        self._session = Session(
+            role, identity, limits, random_bytes, self._channels, self._events, held_elsewhere
+        )
 
     # --- the link ---
 
@@ -138,6 +150,11 @@ class Connection:
         return self._session.peer
 
     @property
+    def role(self) -> Role:
+        """Which side of the greeting it is."""
+        return self._session.role
+
+    @property
     def session_id(self) -> bytes:
         """16 bytes; all zero before the first greeting."""
         return self._session.session_id
@@ -151,6 +168,11 @@ class Connection:
     def channels(self) -> int:
         """How many channels exist now."""
         return len(self._channels)
+
+    @property
+    def living_channels(self) -> tuple[int, ...]:
+        """The numbers of the channels that our side has not ended."""
+        return self._channels.living()
 
     @property
     def unsent_bytes(self) -> int:

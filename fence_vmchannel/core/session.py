@@ -76,6 +76,7 @@ class Session:
         random_bytes: Callable[[int], bytes],
         channels: Multiplexer,
         events: list[Event],
+        held_elsewhere: Callable[[bytes], bool] = lambda _: False,
     ) -> None:
         self.role = role
         self.state = SessionState.UNLINKED
@@ -92,6 +93,7 @@ class Session:
         self._random_bytes = random_bytes
         self.channels = channels
         self._events = events
+        self._held_elsewhere = held_elsewhere
         self._decoder = FrameDecoder()
         self._epoch = 0  # of the frames that count; 0: none do
         self._nonce = 0  # HOST: issued, not yet echoed; GUEST: the one answered
@@ -354,6 +356,8 @@ class Session:
                 EndCode.NO_COMMON_VERSION, f"the peer speaks versions {list(hello.versions)}", link_only=True
             )
             return
+        if self.session_id == NO_SESSION and self._held_elsewhere(hello.numbers.session_id):
+            return  # that session's own object challenges on this link next
         if hello.numbers.session_id == self.proposed_id != NO_SESSION:
             self._new_session(self.proposed_id, self.proposed_version, "the peer began the new session")
             self.peer = PeerIdentity(hello.offer.boot_id, hello.offer.software)

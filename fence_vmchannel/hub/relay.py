@@ -40,6 +40,21 @@ def relay(
     source.adopt(event.channel, inward)
 
 
+def rejoin(one: Endpoint, its_channel: int, other: Endpoint, others_channel: int) -> None:
+    """Relay again between two channels that an earlier process had joined."""
+    legs = _Leg(one, its_channel), _Leg(other, others_channel)
+    legs[0].other, legs[1].other = legs[1], legs[0]
+    for leg in legs:
+        leg.endpoint.adopt(leg.channel, leg)
+
+
+def joined_to(user: object) -> tuple[Endpoint, int] | None:
+    """Where a channel's user relays it to; None for a user that is no relay."""
+    if not isinstance(user, _Leg) or user.other is None:
+        return None
+    return user.other.endpoint, user.other.channel
+
+
 @dataclass(slots=True, eq=False)
 class _Leg:
     """One side of a relayed channel: what happens here is done on the other side."""

@@ -109,9 +109,11 @@ async def serve(
     stop = _stop_on_signals() if stop is None else stop
     os.makedirs(os.path.dirname(options.socket) or ".", mode=0o755, exist_ok=True)
     identity = PeerIdentity(_boot_id(paths.proc), f"vmchannel-guestd {__version__}")
-    async with Hub(identity, access=guest_rules(_fence_gids()), default_peer=HOST_PEER) as hub:
+    sessions = options.socket.removesuffix(".sock") + ".sessions"
+    access = guest_rules(_fence_gids())
+    async with Hub(identity, access=access, default_peer=HOST_PEER, sessions=sessions) as hub:
+        _serve_ports(hub, options.ports, paths)  # first, so that applications that come back find their peer
         hub.serve(options.socket, mode=SOCKET_MODE)
-        _serve_ports(hub, options.ports, paths)
         log.info("serving %s", options.socket)
         notifier.ready(f"serving {options.socket}")
         await _run(hub, notifier, sources, stop)

@@ -107,7 +107,10 @@ class GuestReach:
             return self._by_port(error, deadline)  # a port that the hub does not serve, or not yet
 
     def _by_hub(self, deadline: float) -> HubLine:
-        client = BlockingClient.connect(self._socket, deadline=min(deadline, self._clock() + _HUB_GREETING_S))
+        # A hub that goes away is not waited for: the request is asked again, with its id.
+        client = BlockingClient.connect(
+            self._socket, deadline=min(deadline, self._clock() + _HUB_GREETING_S), resume_s=0
+        )
         service = FENCE_SERVICE if self._port == DEFAULT_PORT else f"{self._port}:{FENCE_SERVICE}"
         try:
             reserve = min(_STATUS_RESERVE_S, (deadline - self._clock()) / 4)
