@@ -115,7 +115,7 @@ class VmPorts:
 
 
 def _owner(port: VmPort) -> str:
-    """Whose session it is: that process's, through that socket. A VM that was started again gets no old one."""
+    """Whose session it is: that process's, through that socket. A VM that is started again gets a new one."""
     who = port.identity
     return f"{who.boot_id} {who.pid} {who.start_time} {who.vm_uuid} {who.executable} {port.port.chardev_path}"
 

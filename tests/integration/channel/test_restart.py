@@ -41,6 +41,10 @@ class Load:
             tasks.create_task(self._send(channel, random.Random(seed)))
             tasks.create_task(self._receive(channel))
 
+    async def until(self, received: int) -> None:
+        """Wait until more than so many messages have come."""
+        assert await eventually(lambda: self.received > received)
+
     async def work(self, channel: Channel) -> None:
         """The service at the other end."""
         await self.both_ways(channel, 7)
@@ -109,8 +113,7 @@ async def test_restarts_under_load_lose_and_double_nothing(tmp_path: Path, which
             for seed, channel in enumerate(channels):
                 tasks.create_task(load.both_ways(channel, seed))
             for _ in range(6):
-                before = load.received
-                assert await eventually(lambda seen=before: load.received > seen + rng.randrange(50))
+                await load.until(load.received + rng.randrange(50))
                 await restart(pair)
             load.enough = True
         for channel in channels:
