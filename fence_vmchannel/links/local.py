@@ -21,6 +21,11 @@ GUEST_SOCKET: Final = "/run/vmchannel/guest.sock"
 HOST_SOCKET: Final = "/run/vmchannel/host.sock"
 
 
+def sessions_path(socket_path: str) -> str:
+    """Where the hub on that socket leaves its sessions when it stops in order."""
+    return socket_path.removesuffix(".sock") + ".sessions"
+
+
 class LocalListener:
     """A listening unix socket that one process serves: a lock beside it (`PATH.lock`) sees to that."""
 
