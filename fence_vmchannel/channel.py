@@ -85,6 +85,11 @@ class Channel:
         """Whether the channel has ended. Messages that came before may still wait."""
         return self._closed is not None
 
+    @property
+    def close_code(self) -> CloseCode | None:
+        """How the channel has ended; None while it has not."""
+        return self._closed.code if self._closed is not None else None
+
     async def accept(self, payload: bytes = b"") -> None:
         """Accept a channel that a peer opened, with a greeting for it. `send` and `receive` imply it.
 
@@ -190,6 +195,11 @@ class Channel:
     def endpoint(self) -> Endpoint:
         """The connection that carries it."""
         return self._endpoint
+
+    @property
+    def number(self) -> int:
+        """Which of the connection's channels it is."""
+        return self._id
 
     @classmethod
     async def opened(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
@@ -40,10 +41,18 @@ from fence_vmchannel.outcomes import request_error
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from fence_vmchannel.supervisor import Supervisor
 
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
+
 _T = TypeVar("_T")
 
 _RETRY_S: Final = 0.02
 _DRAIN_S: Final = 1.0
+_STABLE_S: Final = 1.0
+"""A link that lasted so long was good: when it ends, a new time to come back begins."""
+
+RESUME_S: Final = 10.0
+"""How long a hub may be away, being restarted for instance, before it counts as gone."""
 
 
 def application_identity() -> PeerIdentity:
@@ -52,16 +61,20 @@ def application_identity() -> PeerIdentity:
 
 
 @contextlib.asynccontextmanager
-async def connect(path: str = GUEST_SOCKET, *, timeout_s: float = 10.0) -> AsyncGenerator[Client]:
+async def connect(
+    path: str = GUEST_SOCKET, *, timeout_s: float = 10.0, resume_s: float = RESUME_S
+) -> AsyncGenerator[Client]:
     """Connect to the hub on the unix socket `path`: `async with connect() as client: ...`.
 
-    Waits up to `timeout_s` seconds for the hub to have a free place in its queue and to greet.
+    Waits up to `timeout_s` seconds for the hub to have a free place in its queue and to greet. A hub that
+    goes away is waited for up to `resume_s` seconds: one that was stopped in order goes on where it was; from
+    one that was killed each channel hears SESSION_RESET, and offers are made again.
 
     Raises:
         HubUnreachable: nobody serves the socket, it may not be opened, or the hub does not answer.
     """
     async with Supervisor() as tasks:
-        client = Client(path, tasks)
+        client = Client(path, tasks, resume_s)
         try:
             await client.start(timeout_s)
             yield client
@@ -72,9 +85,14 @@ async def connect(path: str = GUEST_SOCKET, *, timeout_s: float = 10.0) -> Async
 class Client:
     """A connection to a hub. Made by `connect`. After the hub has gone each call raises `HubUnreachable`."""
 
-    def __init__(self, path: str, tasks: Supervisor) -> None:
+    def __init__(self, path: str, tasks: Supervisor, resume_s: float) -> None:
         self._path = path
         self._tasks = tasks
+        self._resume_s = resume_s
+        self._loop = asyncio.get_running_loop()
+        self._greeted_at: float | None = None  # None: not on this link
+        self._returning = False
+        self._back_by = 0.0  # when a hub that is away counts as gone
         self._offers: dict[str, Handler] = {}
         self._greeted = asyncio.Event()
         self._gone = ""
@@ -124,8 +142,12 @@ class Client:
         self._offers[service] = handler
         try:
             query = self._ask(OfferQuery(service))
-            async with await self._within(timeout_s, query, f"offering {service}"):
+            channel = await self._within(timeout_s, query, f"offering {service}")
+            keeper = self._tasks.start(self._keep_offered(service, channel), f"offer of {service}")
+            try:
                 yield
+            finally:
+                keeper.cancel()
         finally:
             self._offers.pop(service, None)
 
@@ -156,7 +178,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s):
                 link = await self._link()
-                self._endpoint.use(link).add_done_callback(lambda ended: self._lost(ended.result()))
+                self._use(link)
                 await self._greeted.wait()
         except TimeoutError as error:
             raise HubUnreachable(f"the hub on {self._path} does not answer within {timeout_s:g} s") from error
@@ -165,7 +187,7 @@ class Client:
     async def stop(self) -> None:
         """Send what is queued, then disconnect; for `connect`."""
         await self._endpoint.drain(_DRAIN_S)
-        self._endpoint.stop(CloseCode.NORMAL, "disconnected")
+        self._give_up("disconnected", CloseCode.NORMAL)
 
     async def _link(self) -> SocketLink:
         while True:
@@ -177,10 +199,57 @@ class Client:
                 return SocketLink(sock, self._path)
             await asyncio.sleep(_RETRY_S)
 
+    def _use(self, link: SocketLink) -> None:
+        self._greeted_at = None
+        self._endpoint.use(link).add_done_callback(lambda ended: self._lost(ended.result()))
+
     def _lost(self, reason: str) -> None:
+        """The link has ended: the hub restarts, or has gone."""
+        self._greeted.set()  # whoever waits for the greeting looks again
+        if self._gone or self._returning:
+            return
+        now = self._loop.time()
+        if self._greeted_at is not None and now - self._greeted_at > _STABLE_S:
+            self._back_by = now + self._resume_s
+        self._greeted_at = None
+        if now >= self._back_by:
+            self._give_up(reason)
+        else:
+            self._returning = True
+            self._tasks.start(self._come_back(reason), f"waiting for {self._path}")
+
+    async def _come_back(self, reason: str) -> None:
+        """Connect again and wait for the greeting; the session goes on or is reset there."""
+        try:
+            async with asyncio.timeout_at(self._back_by):
+                while self._greeted_at is None:
+                    await asyncio.sleep(_RETRY_S)
+                    with contextlib.suppress(HubUnreachable):
+                        self._use(await self._link())
+                        self._greeted.clear()
+                        await self._greeted.wait()
+        except TimeoutError:
+            self._give_up(reason)
+        finally:
+            self._returning = False
+
+    def _give_up(self, reason: str, code: CloseCode = CloseCode.PEER_GONE) -> None:
         self._gone = self._gone or reason
         self._greeted.set()
-        self._endpoint.stop(CloseCode.PEER_GONE, reason)
+        self._endpoint.stop(code, reason)
+
+    async def _keep_offered(self, service: str, channel: Channel) -> None:
+        """Offer it again to a hub that was killed and knows nothing of it."""
+        try:
+            while True:
+                await channel.wait_closed()
+                if channel.close_code is not CloseCode.SESSION_RESET:
+                    return
+                channel = await self._ask(OfferQuery(service))
+        except ChannelError as error:
+            log.warning("%s is offered no more: %s", service, error)
+        finally:
+            channel.close()
 
     def _check(self) -> None:
         if self._gone:
@@ -218,6 +287,10 @@ class Client:
 
     def on_connected(self, endpoint: Endpoint, event: Opened) -> None:
         """See `Observer`."""
+        now = self._loop.time()
+        if not self._back_by:  # the first greeting
+            self._back_by = now + self._resume_s
+        self._greeted_at = now
         self._greeted.set()
 
     def on_disconnected(self, endpoint: Endpoint, reason: str) -> None:

@@ -75,16 +75,27 @@ class Endpoint(Shell):
 
     def drop_link(self, reason: str) -> None:
         """Close the link, if there is one. The session and its channels wait for the next."""
+        link = self.release(reason)
+        if link is not None:
+            link.close()
+
+    def release(self, reason: str) -> Link | None:
+        """Stop using the link and give it back open, if there is one; its future gets the reason."""
         link, ended = self._link, self._ended
         if link is None or ended is None:
-            return
+            return None
         self._ended = None
         self._loop.remove_reader(link.fileno())
-        self.finish(reason)
+        self.part(reason)
         self._arm()
         self._tell_drain()
         if not ended.done():
             ended.set_result(reason)
+        return link
+
+    def belong(self, peer: PeerInfo, observer: Observer) -> None:
+        """The endpoint goes on for `peer`: it was made from what an earlier process has saved."""
+        self.peer, self._observer = peer, observer
 
     def relink(self) -> None:
         """Greet anew on the same link: its other end is known to have gone (a guest closed the port)."""
@@ -96,6 +107,22 @@ class Endpoint(Shell):
         """End the link and tell all users of channels. The endpoint is dead afterwards."""
         self.drop_link(reason)
         self.drop_users(code, reason)
+        self._rest()
+
+    def export(self) -> bytes:
+        """End the link and take the session out, with its channels, whose users hear nothing. The endpoint
+        is dead afterwards.
+
+        Raises:
+            LocalProtocolError: it holds more than can be saved.
+        """
+        self.drop_link("the session is saved")
+        self._handle_events()
+        self._users.clear()
+        self._rest()
+        return self.connection.export_state()
+
+    def _rest(self) -> None:
         for handle in (self._turn, self._timer):
             if handle is not None:
                 handle.cancel()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final, Protocol, TypeVar, assert_never
 
 from fence_vmchannel.core.connection import Connection
@@ -102,13 +102,18 @@ class Shell:
 
     def finish(self, reason: str) -> None:
         """Close the link, if there is one. The session and its channels wait for the next."""
+        link = self.part(reason)
+        if link is not None:
+            link.close()
+
+    def part(self, reason: str) -> Link | None:
+        """Talk over the link no more, and give it back, if there is one."""
         link, self._link = self._link, None
-        if link is None:
-            return
-        link.close()
-        self.detail = reason
-        self._lower()
-        self._handle_events()
+        if link is not None:
+            self.detail = reason
+            self._lower()
+            self._handle_events()
+        return link
 
     def turn(self) -> bool:
         """Feed, handle events, transmit. True: more may wait to be read.
@@ -173,15 +178,23 @@ class Shell:
         (self.connection.abort if abort else self.connection.close)(channel, code, reason)
         self.kick()
 
+    def end(self, channel: int, code: CloseCode, reason: str) -> None:
+        """End a channel from our side and tell its user, as if the peer had ended it."""
+        user = self._users.get(channel)
+        self.close(channel, code, reason)
+        if user is not None:
+            self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
+
+    @property
+    def users(self) -> dict[int, ChannelUser]:
+        """Who uses which channel now."""
+        return self._users.copy()
+
     def drop_users(self, code: CloseCode, reason: str) -> None:
         """Tell all users of channels that it is over."""
         users, self._users = self._users, {}
         for channel, user in users.items():
             self._tell(channel, user.on_closed, Closed(channel, code, reason, aborted=False))
-
-    def users(self) -> Iterator[tuple[int, ChannelUser]]:
-        """The channels that somebody uses, with their users."""
-        yield from self._users.items()
 
     def abandon(self, keeps: Callable[[str], bool]) -> None:
         """The peer is away: end the NORMAL channels to services that `keeps` does not name, and tell their

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 # What concerns the hub itself is imported where it is used: a fence agent never uses it, and making its many
 # dataclasses takes as long as half of the other imports.
 
+RESUME_S: Final = 10.0
+"""How long a hub may be away, being restarted for instance, before it counts as gone."""
+
 _RETRY_S: Final = 0.05
 _DRAIN_S: Final = 1.0
 
@@ -51,8 +54,14 @@ class BlockingClient:
     """A connection to a hub or to the host. Not for use by several threads at once."""
 
     @classmethod
-    def connect(cls, path: str = GUEST_SOCKET, *, deadline: float) -> BlockingClient:
+    def connect(
+        cls, path: str = GUEST_SOCKET, *, deadline: float, resume_s: float = RESUME_S
+    ) -> BlockingClient:
         """Connect to the hub on the unix socket `path` and wait for its greeting.
+
+        A hub that goes away is waited for up to `resume_s` seconds, within the deadlines of the calls: one
+        that was stopped in order goes on where it was, if a call is made within half a minute of its restart;
+        from one that was killed each channel hears SESSION_RESET.
 
         Raises:
             HubUnreachable: nobody serves the socket, it may not be opened, or the hub does not answer in
@@ -68,7 +77,14 @@ class BlockingClient:
             if not _sleep(_RETRY_S, deadline):
                 raise HubUnreachable(f"the hub on {path} has a full queue and takes no client")
         hub = PeerInfo("hub", PeerKind.LOCAL)
-        shell = BlockingShell(SocketLink(sock, path), f"the hub on {path}", hub, _process_identity())
+        shell = BlockingShell(
+            SocketLink(sock, path),
+            f"the hub on {path}",
+            hub,
+            _process_identity(),
+            again=lambda: _link_again(path),
+            resume_s=resume_s,
+        )
         try:
             shell.wait(lambda: shell.connection.opened, deadline, "greeting")
         except DeadlineExceeded as error:
@@ -280,6 +296,14 @@ class BlockingWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _link_again(path: str) -> SocketLink | None:
+    try:
+        sock = try_connect(path)
+    except OSError:
+        return None
+    return None if sock is None else SocketLink(sock, path)
 
 
 def _process_identity() -> PeerIdentity:

@@ -117,6 +117,15 @@ class Multiplexer:
         """Payload bytes of DATA that have no sequence number yet."""
         return self._queued_bytes
 
+    def living(self) -> tuple[int, ...]:
+        """The numbers of the channels that our side has not ended."""
+        channels = self._channels.values()
+        return tuple(each.number for each in channels if each.state is not ChannelState.CLOSING)
+
+    def set_limits(self, limits: Limits) -> None:
+        """See `Connection.set_limits`."""
+        self._limits = limits
+
     # --- the application's side ---
 
     def open(self, target: str, window: int | None, priority: Priority, payload: bytes) -> int:

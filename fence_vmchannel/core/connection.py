@@ -70,16 +70,24 @@ class Connection:
         random_bytes: Callable[[int], bytes],
         limits: Limits = _DEFAULT_LIMITS,
         tally: Tally | None = None,
+        held_elsewhere: Callable[[bytes], bool] = lambda _: False,
     ) -> None:
-        """`random_bytes(n)` gives n unguessable bytes (os.urandom); tests give a seeded generator.
+        """Make a connection without a session.
 
-        `tally` counts what is refused; None: one of its own.
+        Args:
+            role: which side of the greeting it is.
+            identity: what it says of itself.
+            random_bytes: gives n unguessable bytes (os.urandom); tests give a seeded generator.
+            limits: its bounds.
+            tally: counts what is refused; None: one of its own.
+            held_elsewhere: HOST without a session: is asked with the session id that the peer names. True:
+                another object has that session; it takes the link over, and this one says no more.
         """
         self._events: list[Event] = []
         self.tally = Tally() if tally is None else tally
         self._channels = Multiplexer(role, limits, self._events, self.tally)
         self._session = Session(
-            role, identity, limits, random_bytes, self._channels, self._events, self.tally
+            role, identity, limits, random_bytes, self._channels, self._events, self.tally, held_elsewhere
         )
 
     # --- the link ---
@@ -153,6 +161,11 @@ class Connection:
         return self._session.peer
 
     @property
+    def role(self) -> Role:
+        """Which side of the greeting it is."""
+        return self._session.role
+
+    @property
     def session_id(self) -> bytes:
         """16 bytes; all zero before the first greeting."""
         return self._session.session_id
@@ -174,6 +187,11 @@ class Connection:
         Their writers wait, or will soon. Looks at every channel.
         """
         return self._channels.full()
+
+    @property
+    def living_channels(self) -> tuple[int, ...]:
+        """The numbers of the channels that our side has not ended."""
+        return self._channels.living()
 
     @property
     def unsent_bytes(self) -> int:
@@ -279,6 +297,13 @@ class Connection:
     def promised(self, channel: int) -> int:
         """What a channel has of the session's bytes for what may come; 0 if it is gone."""
         return self._channels.promised(channel)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Have other limits from now on; windows that are promised stay. For a session that was resumed
+        before they were known.
+        """
+        self._channels.set_limits(limits)
+        self._session.set_limits(limits)
 
     # --- hand-over ---
 

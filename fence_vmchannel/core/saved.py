@@ -124,7 +124,7 @@ def pack(session: SavedSession) -> bytes:
         raise LocalProtocolError(
             f"the session holds {len(body)} bytes, at most {MAX_STATE_BYTES} can be saved"
         )
-    return _HEAD.pack(_MAGIC, FORMAT, crc32(body), len(body)) + body
+    return seal(_MAGIC, FORMAT, body)
 
 
 def unpack(state: bytes) -> SavedSession:
@@ -133,12 +133,26 @@ def unpack(state: bytes) -> SavedSession:
     Raises:
         RemoteProtocolError: it is damaged, too large, or of another format version.
     """
-    if len(state) < _HEAD.size:
-        raise RemoteProtocolError("a saved session is too short")
-    magic, form, crc, length = _HEAD.unpack_from(state)
-    body = state[_HEAD.size :]
-    if magic != _MAGIC or form != FORMAT:
-        raise RemoteProtocolError("not a saved session of this format")
-    if length != len(body) or length > MAX_STATE_BYTES or crc32(body) != crc:
-        raise RemoteProtocolError("a saved session is damaged")
-    return decode(SavedSession, body)
+    return decode(SavedSession, unseal(_MAGIC, FORMAT, state, MAX_STATE_BYTES))
+
+
+def seal(magic: bytes, form: int, body: bytes) -> bytes:
+    """Put a head before `body`, by which damage, another format and another kind of content show."""
+    return _HEAD.pack(magic, form, crc32(body), len(body)) + body
+
+
+def unseal(magic: bytes, form: int, sealed: bytes, most: int) -> bytes:
+    """The body of what `seal` made.
+
+    Raises:
+        RemoteProtocolError: it is damaged, over `most` bytes, of another format or kind.
+    """
+    if len(sealed) < _HEAD.size:
+        raise RemoteProtocolError("what was saved is too short")
+    found, its_form, crc, length = _HEAD.unpack_from(sealed)
+    body = sealed[_HEAD.size :]
+    if found != magic or its_form != form:
+        raise RemoteProtocolError("what was saved is not of this format")
+    if length != len(body) or length > most or crc32(body) != crc:
+        raise RemoteProtocolError("what was saved is damaged")
+    return body

@@ -87,6 +87,7 @@ class Session:
         channels: Multiplexer,
         events: list[Event],
         tally: Tally,
+        held_elsewhere: Callable[[bytes], bool] = lambda _: False,
     ) -> None:
         self.role = role
         self.state = SessionState.UNLINKED
@@ -104,6 +105,7 @@ class Session:
         self.channels = channels
         self._events = events
         self._tally = tally
+        self._held_elsewhere = held_elsewhere
         self._decoder = FrameDecoder()
         self._deaf = True  # what comes does not count: no link, or one that is of no use
         self._epoch = 0  # of the frames that count; 0: none do
@@ -121,6 +123,10 @@ class Session:
         self._unacknowledged_bytes = 0  # received since our last acknowledgement
         self._timers = Timers()
         self._pace = GreetingPace()
+
+    def set_limits(self, limits: Limits) -> None:
+        """See `Connection.set_limits`."""
+        self._limits = limits
 
     # --- the link ---
 
@@ -375,6 +381,8 @@ class Session:
                 EndCode.NO_COMMON_VERSION, f"the peer speaks versions {list(hello.versions)}", link_only=True
             )
             return
+        if self.session_id == NO_SESSION and self._held_elsewhere(hello.numbers.session_id):
+            return  # that session's own object challenges on this link next
         if hello.numbers.session_id == self.proposed_id != NO_SESSION:
             self._new_session(self.proposed_id, self.proposed_version, "the peer began the new session")
             self.peer = PeerIdentity(hello.offer.boot_id, hello.offer.software)

@@ -12,10 +12,19 @@ from typing import Final, Protocol, assert_never
 
 from fence_vmchannel.access import Credentials
 from fence_vmchannel.channel import Channel
-from fence_vmchannel.core.events import ChannelOpened, Opened, PeerIdentity, Reset
+from fence_vmchannel.core.events import (
+    ChannelAccepted,
+    ChannelOpened,
+    Closed,
+    Data,
+    Granted,
+    Opened,
+    PeerIdentity,
+    Reset,
+)
 from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.endpoint import Endpoint
-from fence_vmchannel.errors import CloseCode, RemoteProtocolError, ServiceRefused
+from fence_vmchannel.errors import ChannelError, CloseCode, RemoteProtocolError, ServiceRefused
 from fence_vmchannel.hub.events import HubStatus
 from fence_vmchannel.hub.local_protocol import (
     HubInfo,
@@ -28,10 +37,12 @@ from fence_vmchannel.hub.local_protocol import (
 )
 from fence_vmchannel.hub.router import Router
 from fence_vmchannel.hub.shares import ClientPlaces
+from fence_vmchannel.hub.waiting import Waiting
 from fence_vmchannel.hub.watch import Watch
+from fence_vmchannel.links.base import Link
 from fence_vmchannel.links.local import LocalListener
 from fence_vmchannel.links.stream import SocketLink
-from fence_vmchannel.logs import RateLimitedLog
+from fence_vmchannel.logs import RateLimitedLog, quoted
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -52,15 +63,26 @@ class LocalServer:
     def __init__(
         self,
         listener: LocalListener,
-        make: Callable[[Credentials], Endpoint],
+        make: Callable[[Credentials, Callable[[bytes], bool]], Endpoint],
+        waiting: Waiting,
         *,
         max_clients: int,
         clock: Callable[[], float],
         tally: Tally,
     ) -> None:
+        """Accept from now on.
+
+        Args:
+            listener: where they come; is taken over.
+            make: makes the endpoint of a client; the function is its connection's `held_elsewhere`.
+            waiting: sessions of clients of the process before.
+            max_clients: how many at once.
+            clock: for the pace of log lines.
+        """
         self._listener = listener
         self._tally = tally
         self._make = make
+        self._waiting = waiting
         self._places = ClientPlaces(max_clients)
         self._clients: set[Endpoint] = set()
         self._noise = RateLimitedLog(log, clock=clock)
@@ -73,14 +95,17 @@ class LocalServer:
         """The applications that are connected now."""
         return tuple(self._clients)
 
-    async def close(self, drain_s: float) -> None:
-        """Accept no more; tell the clients, within `drain_s` seconds each; drop them."""
+    def pause(self) -> None:
+        """Accept no more; who connects now waits, and is turned away by `close`."""
         self._loop.remove_reader(self._listener.fileno())
         if self._resume is not None:
             self._resume.cancel()
+
+    def close(self) -> None:
+        """Accept no more and drop all clients; those whose session was exported hear nothing."""
+        self.pause()
         self._listener.close()
         for client in self.clients:
-            await client.drain(drain_s)
             client.stop(CloseCode.SHUTDOWN, "the hub stops")
         self._clients.clear()
 
@@ -114,11 +139,34 @@ class LocalServer:
             self._places.leave(who.uid)
             sock.close()
             raise
-        endpoint = self._make(who)
+        endpoint = self._make(who, lambda session: self._comes_back(endpoint, session, who))
+        self._use(endpoint, link, who)
+
+    def _use(self, endpoint: Endpoint, link: Link, who: Credentials) -> None:
         self._clients.add(endpoint)
         endpoint.use(link).add_done_callback(lambda _: self._leave(endpoint, who))
 
+    def _comes_back(self, fresh: Endpoint, session: bytes, who: Credentials) -> bool:
+        """A client names the session that it had with the process before: its own endpoint takes the link."""
+        if not self._waiting.has_application(session, who):
+            return False
+        self._loop.call_soon(self._take_over, fresh, session, who)  # not within the turn that read it
+        return True
+
+    def _take_over(self, fresh: Endpoint, session: bytes, who: Credentials) -> None:
+        link = fresh.release("the client's session goes on")
+        if link is None:
+            return  # it hung up at once; it may try again
+        waiting = self._waiting.claim_application(session, who)
+        if waiting is None:
+            link.close()
+        else:
+            self._clients.discard(fresh)  # its place is the other's now
+            self._use(waiting, link, who)
+
     def _leave(self, endpoint: Endpoint, who: Credentials) -> None:
+        if endpoint not in self._clients:
+            return
         self._places.leave(who.uid)
         self._clients.discard(endpoint)
         endpoint.stop(CloseCode.PEER_GONE, "the application has disconnected")
@@ -164,6 +212,23 @@ class HubService:
         self._router = router
         self._info = HubInfo(identity.software, identity.boot_id)
         self._open: Counter[tuple[Endpoint, bool]] = Counter()  # by application, and whether it is an offer
+        self._offers: dict[tuple[Endpoint, int], str] = {}  # by channel
+
+    @property
+    def offers(self) -> dict[tuple[Endpoint, int], str]:
+        """The services that applications offer, by the channel that says so."""
+        return self._offers.copy()
+
+    def resume_offer(self, endpoint: Endpoint, channel: int, service: str) -> None:
+        """An application offered a service to the process before: it goes on, if it still may."""
+        try:
+            self._begin_offer(endpoint, channel, service)
+        except ChannelError as error:
+            log.warning("the offer of %s cannot go on: %s", quoted(service), quoted(str(error)))
+            endpoint.close(channel, CloseCode.LIMIT, str(error)[:1000])
+        else:
+            self._open[endpoint, True] += 1
+            endpoint.adopt(channel, _ResumedOffer(lambda: self._end_resumed(endpoint, channel)))
 
     async def serve(self, channel: Channel) -> None:
         """Answer one query. Ends when the answer is complete or the application closes the channel."""
@@ -176,9 +241,7 @@ class HubService:
         try:
             await self._answer(channel, query)
         finally:
-            self._open[kind] -= 1
-            if not self._open[kind]:
-                del self._open[kind]
+            self._count_down(kind)
 
     async def _answer(self, channel: Channel, query: HubQuery) -> None:
         match query:
@@ -204,12 +267,48 @@ class HubService:
                 await channel.send(encode_local(event))
 
     async def _offer(self, channel: Channel, service: str) -> None:
-        self._router.add_application(service, channel.endpoint)
+        self._begin_offer(channel.endpoint, channel.number, service)
         try:
             await channel.accept(encode_local(self._info))
             await channel.wait_closed()
         finally:
-            self._router.remove(service)
+            self._end_offer(channel.endpoint, channel.number)
+
+    def _begin_offer(self, endpoint: Endpoint, channel: int, service: str) -> None:
+        self._router.add_application(service, endpoint)
+        self._offers[endpoint, channel] = service
+
+    def _end_offer(self, endpoint: Endpoint, channel: int) -> None:
+        self._router.remove(self._offers.pop((endpoint, channel)))
+
+    def _end_resumed(self, endpoint: Endpoint, channel: int) -> None:
+        self._end_offer(endpoint, channel)
+        self._count_down((endpoint, True))
+
+    def _count_down(self, kind: tuple[Endpoint, bool]) -> None:
+        self._open[kind] -= 1
+        if not self._open[kind]:
+            del self._open[kind]
+
+
+class _ResumedOffer:
+    """Uses the channel of an offer that an earlier process accepted: waits for its end."""
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
+
+    def on_accepted(self, event: ChannelAccepted) -> None:
+        """See `ChannelUser`; it was accepted long ago."""
+
+    def on_data(self, event: Data) -> None:
+        """See `ChannelUser`; nothing is said on such a channel."""
+
+    def on_granted(self, event: Granted) -> None:
+        """See `ChannelUser`."""
+
+    def on_closed(self, event: Closed) -> None:
+        """See `ChannelUser`."""
+        self._ended()
 
 
 def _query(payload: bytes) -> HubQuery:

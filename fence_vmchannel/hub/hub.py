@@ -8,9 +8,11 @@ there.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Final
 
@@ -22,7 +24,8 @@ from fence_vmchannel.core.events import Limits, PeerIdentity, Priority, Role
 from fence_vmchannel.core.tally import Tally
 from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.endpoint import Endpoint
-from fence_vmchannel.errors import CloseCode, LocalProtocolError
+from fence_vmchannel.errors import ChannelError, CloseCode, LocalProtocolError
+from fence_vmchannel.hub import resume
 from fence_vmchannel.hub.applications import HubService, LocalObserver, LocalServer
 from fence_vmchannel.hub.events import HubEvent, HubStatus
 from fence_vmchannel.hub.peer_table import (
@@ -37,13 +40,19 @@ from fence_vmchannel.hub.peer_table import (
 )
 from fence_vmchannel.hub.ports import MAX_PORTS, PortConnector, follow_ports
 from fence_vmchannel.hub.router import OwnService, Router
+from fence_vmchannel.hub.saved_hub import pack, unpack, within
 from fence_vmchannel.hub.serving import Handler
+from fence_vmchannel.hub.session_file import SessionFile
 from fence_vmchannel.hub.terms import PeerTerms
+from fence_vmchannel.hub.waiting import CLAIM_S, Resumable, Waiting
 from fence_vmchannel.hub.watch import Watch, WatchList
 from fence_vmchannel.links.local import BACKLOG, LocalListener
 from fence_vmchannel.messages import FENCE_SERVICE
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 from fence_vmchannel.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())
 
 DEFAULT_PRIORITIES: Final[Mapping[str, Priority]] = MappingProxyType({FENCE_SERVICE: Priority.FENCING})
 
@@ -77,6 +86,7 @@ class Hub:
         max_clients: int = 256,
         default_peer: str = "",
         priorities: Mapping[str, Priority] = DEFAULT_PRIORITIES,
+        sessions: str = "",
         clock: Callable[[], float] = boot_clock,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -90,6 +100,7 @@ class Hub:
             max_clients: local applications at once; some places are root's, and no other user gets the rest.
             default_peer: where an address without a peer leads; "host" in a guest, nowhere on a host.
             priorities: of services, by name; all others are NORMAL.
+            sessions: file, on a tmpfs, in which `stop` leaves the sessions to the next process; "": none.
             clock: seconds; what the sessions' ticks and deadlines mean.
             random_bytes: unguessable bytes.
         """
@@ -113,11 +124,23 @@ class Hub:
             tally=self.refused,
         )
         self._servers: list[LocalServer] = []
-        service = HubService(self, self._router, identity)
-        self._router.add(HUB_SERVICE, OwnService(service.serve, to_local=True))
+        self._waiting = Waiting()
+        self._sessions_path = sessions
+        self._sessions: SessionFile | None = None
+        self._service = HubService(self, self._router, identity)
+        self._router.add(HUB_SERVICE, OwnService(self._service.serve, to_local=True))
 
     async def __aenter__(self) -> Hub:
+        """Run, and go on with the sessions that the process before has left.
+
+        Raises:
+            LinkError: another hub uses the file of sessions, or it cannot be used.
+        """
+        if self._sessions_path:
+            self._sessions = SessionFile(self._sessions_path)
         await self._tasks.__aenter__()
+        if self._sessions is not None:
+            self._resume(self._sessions)
         return self
 
     async def __aexit__(
@@ -129,12 +152,22 @@ class Hub:
             await self._tasks.__aexit__(kind, error, traceback)
 
     async def stop(self) -> None:
-        """Stop in order: tell clients and peers that channels end, close all links."""
+        """Stop in order, in about half a second: end the channels of this process, then save the sessions for
+        the next one, or end them, and close all links.
+        """
         servers, self._servers = self._servers, []
         for server in servers:
-            await server.close(_DRAIN_S)
+            server.pause()
+        sessions, self._sessions = self._sessions, None
+        if sessions is not None:
+            await self._save(sessions, servers)
+        else:
+            await _drain(client for server in servers for client in server.clients)
+        for server in servers:
+            server.close()
+        if sessions is None:
+            await _drain(peer.endpoint for peer in self._peers)  # the ends of the clients' channels
         for peer in self._peers:
-            await peer.endpoint.drain(_DRAIN_S)
             self.detach(peer.info)
         self._watches.end()
 
@@ -186,10 +219,17 @@ class Hub:
         *,
         role: Role = Role.HOST,
         terms: PeerTerms | None = None,
+        owner: str = "",
     ) -> None:
         """Keep a session with `peer` over links that `connector` makes, until `detach`.
 
-        `terms`: what it may have; None: the hub's.
+        Args:
+            peer: who it is.
+            connector: makes the links.
+            role: ours in the greeting.
+            terms: what it may have; None: the hub's.
+            owner: says whose session it is, beyond the peer's name: one that an earlier process has left is
+                resumed only if it was the same one's.
 
         Raises:
             LocalProtocolError: it is attached already.
@@ -197,17 +237,21 @@ class Hub:
         if self._peers.get(peer) is not None:
             raise LocalProtocolError(f"peer {peer} is attached already")
         terms = self._terms if terms is None else terms
-        connection = Connection(
-            role,
-            self._identity,
-            random_bytes=self._random_bytes,
-            limits=terms.limits,
-            tally=self.refused,
-        )
-        endpoint = Endpoint(
-            peer, connection, PeerObserver(peer, self._peers, self._router.from_peer), clock=self._clock
-        )
-        entry = Peer(peer, endpoint, connector, terms)
+        observer = PeerObserver(peer, self._peers, self._router.from_peer)
+        endpoint = self._waiting.claim_peer(peer, owner)
+        if endpoint is None:
+            connection = Connection(
+                role,
+                self._identity,
+                random_bytes=self._random_bytes,
+                limits=terms.limits,
+                tally=self.refused,
+            )
+            endpoint = Endpoint(peer, connection, observer, clock=self._clock)
+        else:
+            endpoint.connection.set_limits(terms.limits)
+            endpoint.belong(peer, observer)
+        entry = Peer(peer, endpoint, connector, terms, owner)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
 
@@ -238,6 +282,10 @@ class Hub:
         follow = follow_ports(prefix, paths, lambda names: self._ports_changed(names, paths), rescan_s)
         self._tasks.start(follow, "ports of this machine")
 
+    def end_waiting(self) -> None:
+        """End the saved sessions whose peer or application has not come back by now."""
+        self._waiting.end()
+
     # --- local applications ---
 
     def serve(self, path: str, *, mode: int = 0o660, gid: int | None = None, backlog: int = BACKLOG) -> None:
@@ -248,7 +296,12 @@ class Hub:
         """
         listener = LocalListener(path, mode=mode, gid=gid, backlog=backlog)
         server = LocalServer(
-            listener, self._make_client, max_clients=self._max_clients, clock=self._clock, tally=self.refused
+            listener,
+            self._make_client,
+            self._waiting,
+            max_clients=self._max_clients,
+            clock=self._clock,
+            tally=self.refused,
         )
         self._servers.append(server)
 
@@ -300,7 +353,7 @@ class Hub:
             if self._peers.get(info) is None:
                 self.attach(info, PortConnector(name, paths), role=Role.GUEST)
 
-    def _make_client(self, who: Credentials) -> Endpoint:
+    def _make_client(self, who: Credentials, held_elsewhere: Callable[[bytes], bool]) -> Endpoint:
         peer = PeerInfo(f"local:{who.pid}", PeerKind.LOCAL, credentials=who)
         connection = Connection(
             Role.HOST,
@@ -308,5 +361,73 @@ class Hub:
             random_bytes=self._random_bytes,
             limits=self._local_limits,
             tally=self.refused,
+            held_elsewhere=held_elsewhere,
         )
         return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)
+
+    # --- the process before, and the next one ---
+
+    def _resume(self, sessions: SessionFile) -> None:
+        try:
+            data = sessions.take()
+            if data is None:
+                return
+            saved = unpack(data, boot_id=self._identity.boot_id, now=self._clock())
+        except (ChannelError, OSError) as error:
+            log.warning("saved sessions are not resumed: %s", error)
+            return
+        found = resume.load(saved, self._make_resumed, self._service.resume_offer)
+        for each in found:
+            self._waiting.add(each)
+        log.info("%d sessions of the process before go on", len(found))
+        self._tasks.start(self._wait_for_others(), "sessions that nobody comes back for")
+
+    def _make_resumed(self, peer: PeerInfo, role: Role, session: bytes) -> Endpoint:
+        local = peer.kind is PeerKind.LOCAL
+        connection = Connection.import_state(
+            session,
+            role,
+            self._identity,
+            random_bytes=self._random_bytes,
+            limits=self._local_limits if local else self._terms.limits,
+            tally=self.refused,
+        )
+        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)
+
+    async def _wait_for_others(self) -> None:
+        await asyncio.sleep(CLAIM_S)
+        self.end_waiting()
+
+    def _live(self, servers: Iterable[LocalServer]) -> list[Resumable]:
+        peers = [Resumable(peer.endpoint, peer.owner) for peer in self._peers]
+        clients = [Resumable(client) for server in servers for client in server.clients]
+        return [*peers, *clients, *self._waiting.all()]
+
+    async def _save(self, sessions: SessionFile, servers: list[LocalServer]) -> None:
+        """Freeze everything at one moment and leave it to the next process."""
+        endpoints = [each.endpoint for each in self._live(servers)]
+        resume.end_own_channels(endpoints, self._service.offers)
+        await _drain(endpoints)
+        for peer in self._peers:
+            if peer.task is not None:
+                peer.task.cancel()  # no link comes any more
+        live = self._live(servers)
+        self._waiting.take()
+        for each in live:
+            each.endpoint.drop_link("the hub restarts")
+        # Again, for what was opened meanwhile.
+        resume.end_own_channels((each.endpoint for each in live), self._service.offers)
+        saved = resume.save(live, self._service.offers, boot_id=self._identity.boot_id, now=self._clock())
+        try:
+            sessions.put(pack(within(saved)))
+        except OSError as error:
+            log.error("sessions are lost: %s cannot be written: %s", sessions.path, error.strerror)
+        else:
+            log.info("%d sessions are left to the next process", len(saved.endpoints))
+        sessions.close()
+
+
+async def _drain(endpoints: Iterable[Endpoint]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for endpoint in endpoints:
+            group.create_task(endpoint.drain(_DRAIN_S), name=f"drain {endpoint.peer}")

@@ -54,6 +54,7 @@ class Peer:
     endpoint: Endpoint
     connector: Connector
     terms: PeerTerms
+    owner: str = ""  # whose session it is, beyond the peer's name
     present: bool = True  # the port is there; whether it can be opened shows later
     connected: PeerConnected | None = None  # the last greeting on the present link
     trouble: str = ""  # why there is no link, as last told

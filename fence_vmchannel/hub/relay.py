@@ -43,9 +43,25 @@ def relay(
 
 def relayed(target: Shell) -> Iterator[tuple[int, Shell]]:
     """The channels that were passed on to `target` or from it, each with the shell at its other side."""
-    for channel, user in target.users():
-        if isinstance(user, _Leg) and user.other is not None:
-            yield channel, user.other.endpoint
+    for channel, user in target.users.items():
+        joined = joined_to(user)
+        if joined is not None:
+            yield channel, joined[0]
+
+
+def rejoin(one: Shell, its_channel: int, other: Shell, others_channel: int) -> None:
+    """Relay again between two channels that an earlier process had joined."""
+    legs = _Leg(one, its_channel), _Leg(other, others_channel)
+    legs[0].other, legs[1].other = legs[1], legs[0]
+    for leg in legs:
+        leg.endpoint.adopt(leg.channel, leg)
+
+
+def joined_to(user: object) -> tuple[Shell, int] | None:
+    """Where a channel's user relays it to; None for a user that is no relay."""
+    if not isinstance(user, _Leg) or user.other is None:
+        return None
+    return user.other.endpoint, user.other.channel
 
 
 @dataclass(slots=True, eq=False)

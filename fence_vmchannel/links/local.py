@@ -21,6 +21,11 @@ GUEST_SOCKET: Final = "/run/vmchannel/guest.sock"
 HOST_SOCKET: Final = "/run/vmchannel/host.sock"
 
 
+def sessions_path(socket_path: str) -> str:
+    """Where the hub on that socket leaves its sessions when it stops in order."""
+    return socket_path.removesuffix(".sock") + ".sessions"
+
+
 class LocalListener:
     """A listening unix socket that one process serves: a lock beside it (`PATH.lock`) sees to that."""
 
@@ -34,7 +39,7 @@ class LocalListener:
         """
         self.path = path
         try:
-            self._lock = _lock(path + ".lock")
+            self._lock = lock_path(path)
             try:
                 _remove_stale(path)
                 self._socket = _listen(path, mode, gid, backlog)
@@ -78,13 +83,14 @@ class LocalListener:
             os.close(self._lock)
 
 
-def _lock(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def lock_path(path: str) -> int:
+    """Hold `PATH.lock`; the descriptor is the lock. Raises LinkError if another process holds it, OSError."""
+    fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise LinkError(f"another hub serves {path.removesuffix('.lock')}") from error
+        raise LinkError(f"another hub serves {path}") from error
     return fd
 
 

@@ -127,7 +127,7 @@ def _seconds(text: str) -> float:
 
 def _status(options: argparse.Namespace, out: TextIO) -> int:
     deadline = time.monotonic() + _HUB_S
-    with BlockingClient.connect(options.socket, deadline=deadline) as client:
+    with BlockingClient.connect(options.socket, deadline=deadline, resume_s=0) as client:
         status = client.status(deadline=deadline)
     if options.json:
         print(json.dumps(_facts(status)), file=out)
@@ -159,7 +159,7 @@ def _peer_line(peer: PeerStatus) -> str:
 
 def _watch(options: argparse.Namespace, out: TextIO) -> int:
     with (
-        BlockingClient.connect(options.socket, deadline=time.monotonic() + _HUB_S) as client,
+        BlockingClient.connect(options.socket, deadline=time.monotonic() + _HUB_S, resume_s=0) as client,
         client.watch(deadline=time.monotonic() + _HUB_S) as watch,
     ):
         while True:

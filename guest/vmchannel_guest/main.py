@@ -26,7 +26,7 @@ from fence_vmchannel.discovery import SYSTEM_PATHS, PortPaths
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.hub.ports import PortConnector
-from fence_vmchannel.links.local import GUEST_SOCKET
+from fence_vmchannel.links.local import GUEST_SOCKET, sessions_path
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 from fence_vmchannel.supervisor import Supervisor
 from vmchannel_guest.announce import NodeSources, find_announcement, system_sources
@@ -109,9 +109,11 @@ async def serve(
     stop = _stop_on_signals() if stop is None else stop
     os.makedirs(os.path.dirname(options.socket) or ".", mode=0o755, exist_ok=True)
     identity = PeerIdentity(_boot_id(paths.proc), f"vmchannel-guestd {__version__}")
-    async with Hub(identity, access=guest_rules(_fence_gids()), default_peer=HOST_PEER) as hub:
+    sessions = sessions_path(options.socket)
+    access = guest_rules(_fence_gids())
+    async with Hub(identity, access=access, default_peer=HOST_PEER, sessions=sessions) as hub:
+        _serve_ports(hub, options.ports, paths)  # first, so that applications that come back find their peer
         hub.serve(options.socket, mode=SOCKET_MODE)
-        _serve_ports(hub, options.ports, paths)
         log.info("serving %s", options.socket)
         notifier.ready(f"serving {options.socket}")
         await _run(hub, notifier, sources, stop)

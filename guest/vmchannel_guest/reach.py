@@ -6,6 +6,7 @@ Blocking, without asyncio: a fence agent pays for every import.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Final
@@ -24,11 +25,15 @@ from fence_vmchannel.errors import (
     PortNotFound,
     ServiceRefused,
 )
-from fence_vmchannel.links.local import GUEST_SOCKET
+from fence_vmchannel.links.local import GUEST_SOCKET, sessions_path
 from fence_vmchannel.messages import FENCE_SERVICE, Announce, encode_message
 
 _HUB_GREETING_S: Final = 5.0
 """A hub greets in milliseconds; one that takes longer is stuck, and the port may do better."""
+
+_RESTART_S: Final = 5.0
+"""So long after a hub has stopped in order the next one is waited for: whoever opens the port himself
+meanwhile begins another session with the host, and the hub's programs lose theirs."""
 
 _STATUS_RESERVE_S: Final = 0.5
 """Kept back from waiting for the host, to ask the hub why it did not come."""
@@ -76,6 +81,7 @@ class GuestReach:
         paths: PortPaths = SYSTEM_PATHS,
         boot_id: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Keep what is needed to connect; nothing is opened.
 
@@ -86,6 +92,7 @@ class GuestReach:
             paths: where the system shows its ports.
             boot_id: of this kernel; None reads it.
             clock: `time.monotonic`, which the deadlines are of.
+            wall_clock: `time.time`, which the times of files are of.
         """
         self._socket = socket
         self._port = port
@@ -93,13 +100,16 @@ class GuestReach:
         self._paths = paths
         self._boot_id = boot_id
         self._clock = clock
+        self._wall_clock = wall_clock
         self._slice_s = _FIRST_SLICE_S
 
     def __call__(self, *, deadline: float) -> HubLine:
-        """Connect once, by the first way that exists; see `Reach`."""
+        """Connect once, by the first way that exists; see `Reach`. While the hub restarts there is none."""
         try:
             return self._by_hub(deadline)
         except HubUnreachable as error:
+            if self._hub_restarts():
+                raise
             return self._by_port(error, deadline)
         except ServiceRefused as error:
             if error.code is not CloseCode.PEER_GONE:
@@ -107,7 +117,10 @@ class GuestReach:
             return self._by_port(error, deadline)  # a port that the hub does not serve, or not yet
 
     def _by_hub(self, deadline: float) -> HubLine:
-        client = BlockingClient.connect(self._socket, deadline=min(deadline, self._clock() + _HUB_GREETING_S))
+        # A hub that goes away is not waited for: the request is asked again, with its id.
+        client = BlockingClient.connect(
+            self._socket, deadline=min(deadline, self._clock() + _HUB_GREETING_S), resume_s=0
+        )
         service = FENCE_SERVICE if self._port == DEFAULT_PORT else f"{self._port}:{FENCE_SERVICE}"
         try:
             reserve = min(_STATUS_RESERVE_S, (deadline - self._clock()) / 4)
@@ -119,6 +132,14 @@ class GuestReach:
         except BaseException:
             client.close()
             raise
+
+    def _hub_restarts(self) -> bool:
+        """Whether a hub has just left its sessions to the next one."""
+        try:
+            left_at = os.stat(sessions_path(self._socket)).st_mtime
+        except OSError:
+            return False
+        return 0 <= self._wall_clock() - left_at < _RESTART_S
 
     def _by_port(self, no_hub: ChannelError, deadline: float) -> HubLine:
         end = min(deadline, self._clock() + self._slice_s)

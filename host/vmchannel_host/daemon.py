@@ -201,6 +201,8 @@ class Daemon:
             raise StartError(str(error)) from error
         try:
             await self._run_with(journal)
+        except LinkError as error:  # another daemon keeps its sessions where ours are
+            raise StartError(str(error)) from error
         finally:
             await journal.close()
 
@@ -291,6 +293,7 @@ class Daemon:
             PeerIdentity(parts.processes.boot_id, f"vmchanneld {fence_vmchannel.__version__}"),
             access=AccessRules(open_default=ROOT_ONLY, offer_default=ROOT_ONLY),
             max_clients=config.limits.clients,
+            sessions=str(config.paths.run / "host.sessions"),
             clock=parts.clock,
             random_bytes=parts.random_bytes,
         )

@@ -106,7 +106,7 @@ class VmPorts:
             name=port.name or port.vm_uuid, kind=PeerKind.VM, port=port.port.name, key=port.vm_uuid, info=port
         )
         connector = ChardevConnector(port.port.chardev_path, self._verifier(port))
-        self._hub.attach(peer, connector, terms=self._terms(port.port.name))
+        self._hub.attach(peer, connector, terms=self._terms(port.port.name), owner=_owner(port))
         return peer
 
     def _verifier(self, port: VmPort) -> Callable[[int], asyncio.Future[None]]:
@@ -120,6 +120,12 @@ class VmPorts:
 
         # Reads files under /proc, which can block: not on the event loop.
         return lambda pid: asyncio.ensure_future(asyncio.to_thread(check, pid))
+
+
+def _owner(port: VmPort) -> str:
+    """Whose session it is: that process's, through that socket. A VM that is started again gets a new one."""
+    who = port.identity
+    return f"{who.boot_id} {who.pid} {who.start_time} {who.vm_uuid} {who.executable} {port.port.chardev_path}"
 
 
 def _is_another(want: VmPort, served: VmPort) -> bool:

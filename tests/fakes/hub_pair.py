@@ -44,11 +44,9 @@ class FakePort:
             raise LinkError("the port is unplugged")
         if end in self._waiting:
             return self._waiting.pop(end)
+        self.cut()  # an end that asks has lost what it had; the other one notices now
         mine, others = socket.socketpair()
         other = self.host if end is self.guest else self.guest
-        stale = self._waiting.pop(other, None)
-        if stale is not None:
-            stale.close()
         self._waiting[other] = others
         self._live.append(mine.dup())
         return mine

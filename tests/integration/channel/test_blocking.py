@@ -207,7 +207,7 @@ async def test_a_hub_that_stops_ends_a_call_that_waits(tmp_path: Path) -> None:
         await channel.wait_closed()
 
     def ask() -> None:
-        with BlockingClient.connect(pair.guest_path, deadline=soon()) as client:
+        with BlockingClient.connect(pair.guest_path, deadline=soon(), resume_s=0) as client:
             with pytest.raises(ChannelClosed) as closed:
                 client.request("org.example.mute", b"?", deadline=soon())
             assert closed.value.code is CloseCode.PEER_GONE

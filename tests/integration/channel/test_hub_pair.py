@@ -416,7 +416,7 @@ async def test_a_channel_opened_while_the_peer_is_away_waits_for_it(tmp_path: Pa
 
 
 async def test_the_hub_stopping_ends_clients_channels_with_shutdown(tmp_path: Path) -> None:
-    async with hub_pair(tmp_path) as pair, connect(pair.guest_path) as client:
+    async with hub_pair(tmp_path) as pair, connect(pair.guest_path, resume_s=0) as client:
         async with client.watch() as events:
             await pair.guest.stop()
             with pytest.raises(ChannelClosed):

@@ -221,7 +221,7 @@ async def test_a_killed_hub_ends_its_clients_calls_with_an_error(tmp_path: Path)
     try:
         assert process.stdout is not None
         assert await process.stdout.readline() == b"ready\n"
-        async with connect(path) as client:
+        async with connect(path, resume_s=0) as client:
             channel = await client.open("org.example.mute", timeout_s=5)
             process.send_signal(signal.SIGKILL)
             with pytest.raises(ChannelClosed) as closed:

@@ -104,6 +104,31 @@ async def test_a_hub_that_is_killed_in_mid_request_does_not_make_a_second_action
     assert len(service.acted) == 1
 
 
+async def test_a_hub_that_is_being_restarted_is_waited_for_and_keeps_its_sessions(tmp_path: Path) -> None:
+    """The port, which is free meanwhile, is left alone: the next hub goes on with the session it carries."""
+    async with guest_site(tmp_path, FakeFenceService([PaperVm("vm2")])) as site:
+        async with guestd(site):
+            await until(lambda: site.host.status().peers[0].connected)
+            session = site.host.status().peers[0].session
+        asking = asyncio.create_task(in_thread(lambda: off(reach_of(site), timeout_s=20)))
+        async with guestd(site):
+            assert (await asking).ok
+            assert site.host.status().peers[0].session == session
+
+
+async def test_a_hub_that_does_not_come_back_is_not_waited_for_long(tmp_path: Path) -> None:
+    async with guest_site(tmp_path, FakeFenceService([PaperVm("vm2")])) as site:
+        async with guestd(site):
+            session = site.host.status().peers[0].session
+        reach = GuestReach(
+            socket=site.socket,
+            paths=site.port.paths,
+            wall_clock=lambda: time.time() + 6,  # later
+        )
+        assert (await in_thread(lambda: off(reach))).ok
+        assert site.host.status().peers[0].session != session
+
+
 async def test_a_host_that_never_answers_is_no_answer_over_the_port_too(tmp_path: Path) -> None:
     async with guest_site(tmp_path, FakeFenceService(silent=True)) as site:
         with pytest.raises(NoAnswer) as caught:
