@@ -33,7 +33,7 @@ from vmchannel_host.hypervisors.process import (
 )
 from vmchannel_host.hypervisors.qmp_monitor import working_directory
 from vmchannel_host.hypervisors.resetting import reset_instance
-from vmchannel_host.hypervisors.scanner import Scan, Scanner
+from vmchannel_host.hypervisors.scanner import IDENTIFY_S, Scan, Scanner
 from vmchannel_host.hypervisors.unknown import UnknownProcesses
 from vmchannel_host.model import (
     EndCause,
@@ -239,7 +239,10 @@ class QmpHypervisor:
     async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
         if self._processes.absence(identity) is not None:
             raise ProcessGone(f"{identity} has ended")
-        process = await self._scanner.identify(identity.pid, timeout_s=timeout_s)
+        try:
+            process = await self._scanner.identify(identity.pid, timeout_s=min(timeout_s, IDENTIFY_S))
+        except NotProven:
+            process = self._processes.reopen(identity)  # its command line blocks; it was read before
         if process.key != (identity.pid, identity.start_time):
             process.close()
             raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
