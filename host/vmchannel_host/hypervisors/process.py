@@ -174,6 +174,8 @@ class VerifiedProcess:
         if self._loop is not None and self._ended is not None and not self._ended.is_set():
             self._loop.remove_reader(self._pidfd)
         self._had_ended = _readable(self._pidfd)
+        if self._had_ended and self._ended is not None:
+            self._ended.set()  # its reader is gone: whoever waits would not hear of it any more
         os.close(self._pidfd)
         self._pidfd = -1
 

@@ -265,13 +265,19 @@ class QmpHypervisor:
 
     def _watch_end(self, watched: Watched) -> None:
         if self._tasks is not None:
+            watched.followed = True
             self._tasks.create_task(self._report_end(watched), name=f"end of pid {watched.identity.pid}")
 
     async def _report_end(self, watched: Watched) -> None:
         try:
             await self._endings.watch(watched)
+            await self._endings.settle(watched)
         except Exception:
             log.exception("cannot report the end of %s", watched.identity)
+        finally:
+            watched.followed = False
+            if watched.evidence is not None:
+                watched.drop_storage()
 
     async def _identify(self, pid: int) -> VerifiedProcess:
         return await self._scanner.identify(pid, timeout_s=self._settings.timings.command_s)

@@ -113,3 +113,19 @@ async def test_s1_where_writes_cannot_be_probed_settle_refuses_and_accept_says_t
     answer = await site.fence("off", vm)
     assert (answer["ok"], answer["state"]) == (True, "off"), answer
     assert any(f"pid {pid} " in line and "by SIGKILL, I/O unproven" in line for line in answer["evidence"])
+
+
+async def test_an_off_that_a_slow_disk_failed_succeeds_once_the_write_has_landed(
+    site: Site, disk: SlowDisk
+) -> None:
+    vm = await writing(site, disk, "aio=io_uring")
+    answer = await site.fence("off", vm, timeout_s=3)
+    assert disk.count(MARK) == 0
+    assert (answer["ok"], answer["state"]) == (False, "unknown"), answer
+    await site.until(lambda: "writes have settled" in site.daemon.log, "settled write")
+    assert disk.count(MARK) == WRITTEN
+    answer = await site.fence("off", vm)
+    assert (answer["ok"], answer["state"]) == (True, "off"), answer
+    assert any("by SIGKILL, I/O settled" in line for line in answer["evidence"]), answer
+    site.daemon.restart()
+    assert await site.status(vm) == "off"  # it is recorded

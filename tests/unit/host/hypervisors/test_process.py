@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator
@@ -316,6 +317,18 @@ async def test_the_end_wakes_every_waiter(proc: Proc) -> None:
     await process.wait_ended()
     await process.wait_ended()
     assert process.ended()
+
+
+async def test_whoever_waits_hears_of_an_end_that_was_noticed_otherwise(proc: Proc) -> None:
+    """An end is concluded, and the pidfd closed, maybe before the event loop has told of it."""
+    proc.add(10)
+    process = proc.table().open(10)
+    waiter = asyncio.create_task(process.wait_ended())
+    await asyncio.sleep(0)
+    proc.end(10)
+    process.close()
+    async with asyncio.timeout(20):
+        await waiter
 
 
 def test_the_peer_of_a_port_is_the_qemu_of_that_vm(proc: Proc) -> None:
