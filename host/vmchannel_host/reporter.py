@@ -78,7 +78,9 @@ class Reporter:
                 vm = end.identity.vm_uuid
                 self._run_states.pop(end.identity, None)
                 self._interruptions.pop(end.identity, None)
-                self._tell("vm.ended", f"{end.identity}: {end.proof.value}, {end.cause.value}", vm)
+                self._tell(
+                    "vm.ended", f"{end.identity}: {end.proof.value}, {end.cause.value}, io {end.io.value}", vm
+                )
             case _:
                 assert_never(event)
         self._ports.update(vm, [one for one in self._registry.instances(vm) if one.configured])

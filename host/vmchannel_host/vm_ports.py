@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from fence_vmchannel.errors import LinkError
@@ -109,17 +108,14 @@ class VmPorts:
         self._hub.attach(peer, connector, terms=self._terms(port.port.name), owner=_owner(port))
         return peer
 
-    def _verifier(self, port: VmPort) -> Callable[[int], asyncio.Future[None]]:
-        def check(pid: int) -> None:
+    def _verifier(self, port: VmPort) -> Callable[[int], Awaitable[None]]:
+        async def check(pid: int) -> None:
             try:
-                identity = self._peers.verify(pid, port.vm_uuid)
+                self._peers.verify(pid, port.identity)
             except HypervisorError as error:
                 raise LinkError(str(error)) from error
-            if identity != port.identity:
-                raise LinkError(f"the socket is served by another instance of the VM: {identity}")
 
-        # Reads files under /proc, which can block: not on the event loop.
-        return lambda pid: asyncio.ensure_future(asyncio.to_thread(check, pid))
+        return check
 
 
 def _owner(port: VmPort) -> str:

@@ -23,6 +23,15 @@ STORAGE_TIMEOUT_S = 0.5
 STREAM_TIMEOUT_S = 1.0
 """How long the monitor's stream may take to end after its process has, in seconds."""
 
+MAX_SETTLING = 64
+"""Ended instances whose image locks are probed on; of further ones the writes stay unproven."""
+
+LONGEST_SETTLE_S = 3600.0
+"""How long they are probed on, in seconds: a disk that has not answered by then is not waited for."""
+
+SETTLE_POLL_S = (0.5, 30.0)
+"""Between two such probes, in seconds: at first, and at most."""
+
 SETTLE_TIMEOUT_S = 10.0
 """How long image locks are waited for after a SIGKILL, in seconds; the slowest write seen took 7.5."""
 
@@ -46,6 +55,7 @@ class Endings:
         self._clock = clock
         self._proc = proc
         self._settle_timeout_s = settle_timeout_s
+        self._settling = 0
 
     async def end(
         self,
@@ -85,6 +95,40 @@ class Endings:
             if watched.evidence is None:
                 deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S + self._settle_timeout_s
                 await self._conclude(watched, self._clock(), deadline)
+
+    async def settle(self, watched: Watched) -> None:
+        """Wait until the writes of an instance that was killed have settled, if its end could not prove it.
+
+        Else an `off` that a slow disk has failed could never succeed later. The files are held open as long.
+        """
+        storage = watched.storage_at_kill
+        try:
+            if storage is None or not storage.files or self._settling >= MAX_SETTLING:
+                return
+            self._settling += 1
+            try:
+                if await self._settles_later(storage):
+                    log.info("writes have settled: %s", watched.identity)
+                    self._table.settled(watched)
+            finally:
+                self._settling -= 1
+        finally:
+            watched.drop_storage()
+
+    async def _settles_later(self, storage: OpenStorage) -> bool:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LONGEST_SETTLE_S
+        pause_s, longest_s = SETTLE_POLL_S
+        while (left_s := until - loop.time()) > 0:
+            try:
+                # One call, however long it hangs: another one would hang beside it.
+                if await self._calls.call("probe image locks", storage.free, timeout_s=left_s):
+                    return True
+            except HypervisorError:
+                pass  # too many calls hang: later
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
+        return False
 
     async def _quit_or_kill(
         self, watched: Watched, quit_timeout_s: float, deadline: float, before_kill: BeforeKill | None

@@ -19,6 +19,7 @@ from vmchannel_host.model import (
     EndCause,
     Instance,
     InstanceEnded,
+    IoState,
     Migration,
     ProcessIdentity,
     RunState,
@@ -47,7 +48,8 @@ class Watched:
         self.shutdown_seen = False  # QEMU said that it leaves by itself
         self.cause = EndCause.NONE  # the strongest thing that we did to it
         self.quit_taken = False  # QEMU has said that it carries out our `quit`
-        self.storage_at_kill: OpenStorage | None = None  # what it had open then; closed with its end
+        self.storage_at_kill: OpenStorage | None = None  # what it had open then; closed when it has settled
+        self.followed = False  # somebody waits until its writes have settled, if its end did not prove it
         self.evidence: InstanceEnded | None = None
         self.ending = asyncio.Lock()  # held by whoever ends it or concludes that it has ended
 
@@ -229,8 +231,16 @@ class InstanceTable:
         while len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
         self._queue.put(Ended(evidence))
-        watched.drop_storage()
+        if evidence.io is not IoState.UNPROVEN or not watched.followed:
+            watched.drop_storage()
         watched.process.close()
+
+    def settled(self, watched: Watched) -> None:
+        """The last writes of an instance that has ended are known to have settled since."""
+        if watched.evidence is not None:
+            watched.evidence = replace(watched.evidence, io=IoState.SETTLED)
+            self._ended[watched.identity] = watched.evidence
+            self._queue.put(Ended(watched.evidence))
 
     def ended(self, identity: ProcessIdentity) -> InstanceEnded | None:
         """How an instance ended that was watched here, as long as it is remembered."""

@@ -174,6 +174,8 @@ class VerifiedProcess:
         if self._loop is not None and self._ended is not None and not self._ended.is_set():
             self._loop.remove_reader(self._pidfd)
         self._had_ended = _readable(self._pidfd)
+        if self._had_ended and self._ended is not None:
+            self._ended.set()  # its reader is gone: whoever waits would not hear of it any more
         os.close(self._pidfd)
         self._pidfd = -1
 
@@ -281,6 +283,27 @@ class ProcessTable:
             NotAVm: its executable is another one.
             Unidentified: it is a QEMU without an unambiguous UUID, or cannot be read.
         """
+        return self._opened(pid, self._identify)
+
+    def reopen(self, identity: ProcessIdentity) -> VerifiedProcess:
+        """Open a pidfd, then see that the process is still the one that was identified before.
+
+        Reads nothing that can block: pid, start time and boot make it that process, whose UUID was read then.
+        What else its command line says is taken for the worst.
+
+        Raises:
+            ProcessGone: it has ended, or never was in this boot.
+            HypervisorError: it is another program now, or neither can be said.
+        """
+        if identity.boot_id != self.boot_id:
+            raise ProcessGone(f"{identity} ended with an earlier boot")
+        if identity.pid_namespace != self.pid_namespace:
+            raise HypervisorError(_elsewhere(identity, self.pid_namespace))
+        return self._opened(identity.pid, lambda _pid: self._recognise(identity))
+
+    def _opened(
+        self, pid: int, identify: Callable[[int], tuple[ProcessIdentity, CommandLine]]
+    ) -> VerifiedProcess:
         try:
             pidfd = self._pidfd_open(pid)
         except OSError as error:
@@ -288,7 +311,7 @@ class ProcessTable:
                 raise ProcessGone(f"pid {pid} does not exist") from error
             raise Unidentified(f"pid {pid}: pidfd_open: {error.strerror}", pid=pid, anyones=True) from error
         try:
-            identity, command = self._identify(pid)
+            identity, command = identify(pid)
             if _readable(pidfd):
                 raise ProcessGone(f"pid {pid} ended while it was identified")
         except BaseException as error:
@@ -410,6 +433,21 @@ class ProcessTable:
             raise _without_identity(pid, executable, command)
         identity = ProcessIdentity(pid, start_time, executable, vm_uuid, self.boot_id, self.pid_namespace)
         return identity, command
+
+    def _recognise(self, identity: ProcessIdentity) -> tuple[ProcessIdentity, CommandLine]:
+        pid = identity.pid
+        try:
+            if self._stat(pid).start_time != identity.start_time:
+                raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
+            executable = self._executable(pid)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ProcessGone(f"{identity} has ended") from error
+        except (OSError, ValueError) as error:
+            raise Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True) from error
+        if executable != identity.executable:
+            raise NotAVm(f"{identity} runs {executable or 'no program'} now")
+        unread = CommandLine((identity.vm_uuid,), "", no_reboot=True, passthrough=True, network_storage=True)
+        return identity, unread
 
     def _executable(self, pid: int) -> str:
         """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""

@@ -33,7 +33,7 @@ from vmchannel_host.hypervisors.process import (
 )
 from vmchannel_host.hypervisors.qmp_monitor import read_run_state, working_directory
 from vmchannel_host.hypervisors.resetting import reset_instance
-from vmchannel_host.hypervisors.scanner import Scan, Scanner
+from vmchannel_host.hypervisors.scanner import IDENTIFY_S, Scan, Scanner
 from vmchannel_host.hypervisors.unknown import UnknownProcesses
 from vmchannel_host.model import (
     EndCause,
@@ -251,7 +251,10 @@ class QmpHypervisor:
     async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
         if self._processes.absence(identity) is not None:
             raise ProcessGone(f"{identity} has ended")
-        process = await self._scanner.identify(identity.pid, timeout_s=timeout_s)
+        try:
+            process = await self._scanner.identify(identity.pid, timeout_s=min(timeout_s, IDENTIFY_S))
+        except NotProven:
+            process = self._processes.reopen(identity)  # its command line blocks; it was read before
         if process.key != (identity.pid, identity.start_time):
             process.close()
             raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
@@ -274,13 +277,19 @@ class QmpHypervisor:
 
     def _watch_end(self, watched: Watched) -> None:
         if self._tasks is not None:
+            watched.followed = True
             self._tasks.create_task(self._report_end(watched), name=f"end of pid {watched.identity.pid}")
 
     async def _report_end(self, watched: Watched) -> None:
         try:
             await self._endings.watch(watched)
+            await self._endings.settle(watched)
         except Exception:
             log.exception("cannot report the end of %s", watched.identity)
+        finally:
+            watched.followed = False
+            if watched.evidence is not None:
+                watched.drop_storage()
 
     async def _identify(self, pid: int) -> VerifiedProcess:
         return await self._scanner.identify(pid, timeout_s=self._settings.timings.command_s)

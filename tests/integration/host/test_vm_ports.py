@@ -13,7 +13,7 @@ from fence_vmchannel import Hub, PeerStatus
 from fence_vmchannel.core.events import PeerIdentity
 from tests.unit.host.registry_builders import VM1, instance, process
 from vmchannel_host.hypervisors.peer import WrongPeer
-from vmchannel_host.model import Instance, Port, PortName, ProcessIdentity, RunState, VmUuid
+from vmchannel_host.model import Instance, Port, PortName, ProcessIdentity, RunState
 from vmchannel_host.vm_ports import VmPorts
 
 PORT = PortName("org.vmchannel.0")
@@ -22,7 +22,7 @@ PORT = PortName("org.vmchannel.0")
 class NobodyKnown:
     """Identifies no process."""
 
-    def verify(self, pid: int, vm_uuid: VmUuid) -> ProcessIdentity:
+    def verify(self, pid: int, identity: ProcessIdentity) -> None:
         raise WrongPeer(f"pid {pid} is unknown")
 
 

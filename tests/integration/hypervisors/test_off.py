@@ -23,7 +23,7 @@ from tests.integration.hypervisors.qemu_rig import (
     watching,
 )
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.hypervisors.process import parse_stat, read_boot_id
+from vmchannel_host.hypervisors.process import parse_stat, read_boot_id, read_pid_namespace
 from vmchannel_host.model import (
     BootId,
     EndCause,
@@ -234,7 +234,7 @@ async def test_the_vm_of_another_program_with_that_pid_is_refused() -> None:
     with open("/proc/self/stat") as stat:  # noqa: ASYNC230 - it cannot block
         start_time = parse_stat(stat.read()).start_time
     uuid = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
-    this = ProcessIdentity(os.getpid(), start_time, QEMU, uuid, read_boot_id())
+    this = ProcessIdentity(os.getpid(), start_time, QEMU, uuid, read_boot_id(), read_pid_namespace())
     with pytest.raises(HypervisorError, match="not a QEMU"):
         await make_host(Path("/nonexistent")).off(this)
 

@@ -158,10 +158,15 @@ def test_a_dead_process_is_gone() -> None:
 def test_the_peer_of_a_real_port_is_its_qemu_and_no_other(rig: Rig) -> None:
     qemu, other = rig.qemu(machine="none"), rig.qemu(machine="none")
     peers = QemuPeers(table())
-    assert peers.verify(qemu.pid, qemu.vm_uuid).pid == qemu.pid
-    for pid, vm_uuid in ((other.pid, qemu.vm_uuid), (os.getpid(), qemu.vm_uuid), (0, qemu.vm_uuid)):
+    process = table().open(qemu.pid)
+    peers.verify(qemu.pid, process.identity)
+    for pid in (other.pid, os.getpid(), 0):
         with pytest.raises(WrongPeer):
-            peers.verify(pid, vm_uuid)
+            peers.verify(pid, process.identity)
+    process.close()
+    qemu.close()
+    with pytest.raises(WrongPeer):
+        peers.verify(qemu.pid, process.identity)
 
 
 def test_the_boot_id_is_that_of_this_boot() -> None:

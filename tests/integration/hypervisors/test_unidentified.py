@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.integration.hypervisors.made_up_proc import MadeUpProc, made_up_proc
-from tests.integration.hypervisors.qemu_rig import Host, Qemu, Rig, boottime, of, watching
+from tests.integration.hypervisors.qemu_rig import Host, Qemu, Rig, boottime, make_host, of, watching
 from vmchannel_host.fencing.evidence import silent_reasons
-from vmchannel_host.model import EndCause, Look, RunState, VmUuid
+from vmchannel_host.model import EndCause, EndProof, IoState, Look, RunState, VmUuid
 
 STRANGER = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
 
@@ -103,6 +104,22 @@ async def test_it_is_adopted_and_fenced_as_soon_as_it_can_be_identified(rig: Rig
         look = await look_until(host, lambda look: not look.unknown)
         assert not silent(look, hung)
         assert (await host.off(instance.identity)).cause is EndCause.QUIT
+
+
+async def test_one_that_an_earlier_daemon_recorded_is_fenced_though_it_cannot_be_identified_again(
+    rig: Rig, proc: MadeUpProc
+) -> None:
+    hung = rig.qemu(socket_name="hung.sock")
+    proc.show(hung)
+    (instance,) = of(await make_host(rig.directory, processes=proc.table()).look(), hung)
+    proc.hide(hung)
+    proc.hang(hung)
+    async with watching(rig.directory, processes=proc.table()) as host:
+        assert of(await host.look(), hung) == []
+        evidence = await host.off(instance.identity)
+        assert (evidence.proof, evidence.cause) == (EndProof.PIDFD, EndCause.KILL)
+        assert evidence.io is IoState.UNPROVEN  # its command line may name storage that cannot be probed
+        assert hung.process.wait(10) == -signal.SIGKILL
 
 
 async def test_one_that_ends_unidentified_is_forgotten(rig: Rig, proc: MadeUpProc) -> None:

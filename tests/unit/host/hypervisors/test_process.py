@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -317,22 +319,72 @@ async def test_the_end_wakes_every_waiter(proc: Proc) -> None:
     assert process.ended()
 
 
+async def test_whoever_waits_hears_of_an_end_that_was_noticed_otherwise(proc: Proc) -> None:
+    """An end is concluded, and the pidfd closed, maybe before the event loop has told of it."""
+    proc.add(10)
+    process = proc.table().open(10)
+    waiter = asyncio.create_task(process.wait_ended())
+    await asyncio.sleep(0)
+    proc.end(10)
+    process.close()
+    async with asyncio.timeout(20):
+        await waiter
+
+
 def test_the_peer_of_a_port_is_the_qemu_of_that_vm(proc: Proc) -> None:
     proc.add(10)
-    assert QemuPeers(proc.table()).verify(10, UUID).pid == 10
+    QemuPeers(proc.table()).verify(10, IDENTITY)
+
+
+def test_s7_the_peer_of_a_port_is_recognised_without_its_command_line(proc: Proc) -> None:
+    proc.add(10)
+    (proc.root / "10" / "cmdline").unlink()
+    QemuPeers(proc.table()).verify(10, IDENTITY)
 
 
 def test_the_qemu_of_another_vm_is_no_peer(proc: Proc) -> None:
     proc.add(10)
+    proc.add(11, arguments=("qemu", "-uuid", OTHER))
     with pytest.raises(WrongPeer, match=UUID):
-        QemuPeers(proc.table()).verify(10, OTHER)
+        QemuPeers(proc.table()).verify(11, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"executable": "/usr/bin/socat"},
+        {"start_time": 101},
+        {"boot_id": BootId("earlier")},
+        {"pid_namespace": PidNamespace(1)},
+    ],
+)
+def test_a_process_that_differs_from_the_identified_one_is_no_peer(
+    proc: Proc, change: dict[str, Any]
+) -> None:
+    proc.add(10)
+    with pytest.raises(WrongPeer):
+        QemuPeers(proc.table()).verify(10, replace(IDENTITY, **change))
 
 
 def test_a_proxy_and_a_dead_process_are_no_peers(proc: Proc) -> None:
     proc.add(10, executable="/usr/bin/socat")
-    for pid in (10, 999):
-        with pytest.raises(WrongPeer):
-            QemuPeers(proc.table()).verify(pid, UUID)
+    with pytest.raises(WrongPeer):
+        QemuPeers(proc.table()).verify(10, IDENTITY)
+    with pytest.raises(WrongPeer):
+        QemuPeers(proc.table()).verify(999, replace(IDENTITY, pid=999))
+
+
+def test_a_process_that_ends_while_it_is_recognised_is_no_peer(proc: Proc) -> None:
+    proc.add(10)
+
+    def open_and_end(pid: int) -> int:
+        pidfd = proc.pidfd_open(pid)
+        proc.end(pid)
+        return pidfd
+
+    table = ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=proc.root, pidfd_open=open_and_end)
+    with pytest.raises(WrongPeer):
+        QemuPeers(table).verify(10, IDENTITY)
 
 
 def test_a_problem_names_the_vms_it_may_concern() -> None:
