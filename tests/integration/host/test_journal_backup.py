@@ -106,6 +106,8 @@ async def test_s11_a_process_whose_end_a_restored_journal_does_not_know_may_have
 
 
 def by_hand(rig: JournalRig, copy: Path) -> None:
+    """Though an older log still lies beside it."""
+    assert rig.wal.stat().st_size
     shutil.copy(copy, rig.path)
 
 
@@ -138,6 +140,24 @@ async def test_a_restored_journal_that_has_grown_past_its_mark_is_noticed(rig: J
     async with rig.opened() as journal:
         assert journal.restored is not None
         assert "is another than it was" in journal.restored.reason
+
+
+async def test_the_records_that_were_lost_are_named(rig: JournalRig) -> None:
+    copy = await backed_up(rig)
+    shutil.copy(copy, rig.path)
+    async with rig.opened() as journal:
+        assert journal.restored is not None
+        assert journal.restored.reason == "records 4 to 4 were lost"
+
+
+async def test_a_backup_that_nothing_followed_proves_nothing_either(rig: JournalRig) -> None:
+    """Whoever restores does so because something was wrong."""
+    await rig.filled(3)
+    copy = rig.directory.parent / "copy.db"
+    back_up(rig.path, rig.key, copy)
+    restore(copy, rig.path, rig.key)
+    async with rig.opened() as journal:
+        assert journal.restored is not None
 
 
 async def test_nothing_is_restored_under_a_running_daemon(rig: JournalRig) -> None:
