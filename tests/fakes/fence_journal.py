@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from vmchannel_host.journal.restored import Restored
 from vmchannel_host.journal.types import (
     JournalBusy,
     JournalError,
@@ -42,6 +43,7 @@ class FakeJournal:
         self.requests: dict[bytes, StoredRequest] = {}
         self.stored_aliases: list[StoredAlias] = []
         self.full: Callable[[str], bool] = lambda _: False  # by kind of record, or name of the method
+        self.restored: Restored | None = None
         self.problem = ""  # why nothing can be done
         self.short = ""  # why only what an `off` needs is taken
         self.hung: Callable[[str], bool] = lambda _: False

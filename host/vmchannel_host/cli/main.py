@@ -21,6 +21,7 @@ from vmchannel_host.cli.progress import ProgressLine
 from vmchannel_host.cli.setup import add_setup, setup
 
 DEFAULT_SOCKET: Final = "/run/vmchannel/admin.sock"
+DEFAULT_STATE: Final = "/var/lib/vmchannel"
 ACTIONS: Final = ("off", "on", "reboot", "status")
 _WIDTH: Final = 80  # of a table that goes to no terminal
 
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_can(add("can", _can, "tell whether VM may do ACTION to PLUG, and whether it could be proven now"))
     _add_ops(add("ops", _ops, "list operations, or show one with its evidence"))
     _add_verify(add("verify-journal", _verify, "check every record of the journal"))
+    _add_journal(add("journal", _journal, "copy the journal, or put a copy back"))
     return top
 
 
@@ -125,6 +127,19 @@ def _add_verify(one: argparse.ArgumentParser) -> None:
         "--public-key",
         metavar="PATH",
         help="with --file: the key, best from a copy kept elsewhere (default: journal.key.pub beside it)",
+    )
+
+
+def _add_journal(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "what",
+        choices=("backup", "restore"),
+        metavar="backup|restore",
+        help="backup: copy it to FILE, also while the daemon runs; restore: put FILE in its place",
+    )
+    one.add_argument("file", metavar="FILE", help="the copy")
+    one.add_argument(
+        "--state", metavar="DIR", default=DEFAULT_STATE, help="paths.state of host.yaml (%(default)s)"
     )
 
 
@@ -269,6 +284,30 @@ def _verify_offline(file: str, public_key: str | None) -> object:
         return asdict(verify_file(path, key))
     except JournalError as error:
         raise CliError(ExitCode.FAILED, str(error)) from error
+
+
+def _journal(arguments: argparse.Namespace, console: Console) -> int:
+    # Imported here: SQLite and cryptography would slow every other command down.
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from vmchannel_host.journal.backup import back_up, restore
+    from vmchannel_host.journal.types import JournalError
+
+    journal, key = Path(arguments.state, "journal.db"), Path(arguments.state, "journal.key")
+    copy = Path(arguments.file)
+    needed = journal if arguments.what == "backup" else copy
+    if not needed.is_file():
+        raise CliError(ExitCode.USAGE, f"{needed}: no such file")
+    try:
+        result = back_up(journal, key, copy) if arguments.what == "backup" else restore(copy, journal, key)
+    except JournalError as error:
+        raise CliError(ExitCode.FAILED, str(error)) from error
+    if arguments.json:
+        console.json(asdict(result))
+    else:
+        console.lines(show.verified(Doc(asdict(result)), console.width))
+    return ExitCode.DONE
 
 
 def _seconds(text: str) -> float:

@@ -224,6 +224,9 @@ def verified(doc: Doc, width: int) -> list[str]:
         bad = doc.number("bad_seq")
         place = f" at record {bad:.0f}" if bad is not None else ""
         result = f"BAD{place}: {doc.text('problem')}"
+    restored = doc.count("restored_seq")
+    if restored:
+        result += f"; restored from a backup at {restored}: what lies before is no evidence"
     pairs = [
         ("journal", result),
         ("last hash", doc.text("head_hash")),

@@ -256,7 +256,8 @@ class Coordinator:
         shell.bus.publish(StartReport(intent.operation, shell.bus.host))
 
     async def _take_up(self, past: PastOperation, last: PastOperation | None) -> None:
-        operation = past.operation
+        operation, backup = past.operation, self._shell.journal.restored
+        restored = backup.seq if backup is not None else 0
         try:
             phase = Phase(past.phases[-1]) if past.phases else Phase.BEGUN
             intent = codec.read_intent(operation, past.body, phase)
@@ -270,6 +271,8 @@ class Coordinator:
                 FenceCode.UNAVAILABLE,
                 "it had not begun when the host daemon ended: nothing was done",
             )
+        elif past.begun < restored:
+            code, reason = FenceCode.FAILED, "the journal was restored from a backup; the outcome is unknown"
         elif past is not last:
             code, reason = FenceCode.FAILED, "it had ended before the restart; the outcome was not recorded"
         elif intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:

@@ -145,7 +145,7 @@ class Instances:
             unproven=tuple(one.identity for one in registry.unproven(vm)),
             ends=registry.ended(vm),
             confirmed=registry.confirmed(vm),
-            departed=registry.departed(vm) or "",
+            departed=self._departed(vm),
             conflict=self.conflict(vm),
             objections=registry.objections(vm),
             can_start=self._hypervisor.can_start(vm, own_name),
@@ -154,6 +154,15 @@ class Instances:
     def conflict(self, vm: VmUuid) -> str:
         """Why no fence of the VM may be tried (S9); "" when nothing is against it."""
         return next((one.text for one in self.registry.conflicts(vm) if one.refuses), "")
+
+    def _departed(self, vm: VmUuid) -> str:
+        text, restored = self.registry.departed(vm) or "", self._store.restored
+        if restored is None:
+            return text
+        lost = f"the journal was restored from a backup ({restored.reason})"
+        if not self.registry.knows(vm):
+            return f"{lost} and may have known of it"
+        return f"{text}, or the journal no longer knows: {lost}" if text else ""
 
     def ended(self, fresh: InstanceEnded) -> InstanceEnded:
         """Take the proof of an end; return it with what the records knew of it. `save` makes it durable."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from vmchannel_host.journal.restored import Restored
 from vmchannel_host.journal.types import (
     Json,
     KnownInstance,
@@ -44,6 +45,11 @@ class OperationLog(Protocol):
         """Why every call fails; "" while they can succeed."""
         ...
 
+    @property
+    def restored(self) -> Restored | None:
+        """When it was last put back to an older state (S11)."""
+        ...
+
     async def check(self, *, timeout_s: float = ...) -> None:
         """Raise `JournalError` unless the journal can be read now."""
         ...
@@ -59,6 +65,11 @@ class OperationLog(Protocol):
 
 class InstanceStore(Protocol):
     """Every process of a VM that was ever seen, and how it ended (S1)."""
+
+    @property
+    def restored(self) -> Restored | None:
+        """When the records were last put back to an older state (S11)."""
+        ...
 
     async def remember_instance(
         self,

@@ -331,6 +331,11 @@ class FenceService:
         if not await self._coordinator.resumed(window.end):
             reason = "the host daemon has just started and takes up what it left; nothing was done"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        restored = self._journal.restored
+        if restored and restored.boot_id == self._boot_id and window.asked < restored.boottime:
+            # The same request may have been carried out already, and its record be among those lost (S5).
+            reason = "asked before the journal was restored from a backup: ask with a new id"
+            return self._refusal(request, requester, FenceCode.STALE, reason)
         try:
             stored = await self._journal.request(request.request_id)
             if stored is not None:

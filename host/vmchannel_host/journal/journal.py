@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from vmchannel_host.journal import tables
 from vmchannel_host.journal.file import StoreSettings
+from vmchannel_host.journal.restored import Restored
 from vmchannel_host.journal.store import JournalStore
 from vmchannel_host.journal.types import (
     JournalBusy,
@@ -114,6 +115,11 @@ class Journal:
     def short(self) -> str:
         """Why only what an `off` needs can be stored (`JournalShort`); "" while there is room for all."""
         return self._store.short
+
+    @property
+    def restored(self) -> Restored | None:
+        """When the journal was last put back to an older state; what it held then is no evidence (S11)."""
+        return self._store.restored
 
     async def check(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Raise `JournalError` unless the journal is there and can be read. Writes nothing."""

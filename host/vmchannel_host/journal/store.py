@@ -36,6 +36,11 @@ from vmchannel_host.journal.keys import (
     take_lock,
     write_public_key,
 )
+from vmchannel_host.journal.mark import Mark
+from vmchannel_host.journal.restored import KIND as RESTORED
+from vmchannel_host.journal.restored import Restored, distrust, set_back
+from vmchannel_host.journal.restored import read as read_restored
+from vmchannel_host.journal.restored import write as write_restored
 from vmchannel_host.journal.room import Descriptors, Room, checkpoint, void_log
 from vmchannel_host.journal.types import (
     JournalCorrupt,
@@ -74,23 +79,26 @@ class JournalStore:
         prepare_directory(settings.key_path.parent)
         self._lock = take_lock(settings.path.with_name(settings.path.name + ".lock"))
         try:
-            if must_be_made(settings):
+            made = must_be_made(settings)
+            if made:
                 make(settings)
             self.signer: Final = load_signer(settings.key_path)
             if not public_key_path(settings.key_path).exists():
                 write_public_key(settings.key_path)
-            self._descriptors = _open(settings.path)
+            self._descriptors, self._mark = _open(settings.path)
         except BaseException:
             os.close(self._lock)
             raise
         self._pending: Head | None = None
         self._broken: JournalError | None = None
+        self.restored: Restored | None = None  # when it was last found to be older than it had been
         try:
             self.connection: Final = connect(settings.path)
             self._room: Final = Room(self.connection, settings.path, self._descriptors)
             with translated(settings.path):
                 self._head = self._check()
             self.make_room()
+            self._compare_with_mark(made=made)
             if self._broken is not None:
                 raise self._broken
         except BaseException:
@@ -131,6 +139,7 @@ class JournalStore:
             self.connection.close()
         if empty:
             void_log(path)
+        self._mark.sync()
 
     def check(self) -> None:
         """Read the head; inside a transaction, which finds a file that was removed or replaced."""
@@ -181,7 +190,7 @@ class JournalStore:
             self._broken = error
             raise
         else:
-            self._head = self._pending or self._head
+            self._advance(self._pending)
         finally:
             self._pending = None
 
@@ -271,11 +280,41 @@ class JournalStore:
                 return last
             last = int(spanning[0]) - 1
 
+    def _advance(self, head: Head | None) -> None:
+        """What is committed is in force, and marked."""
+        if head is None:
+            return
+        self._head = head
+        try:
+            self._mark.write(head)
+        except OSError as error:
+            self._broken = JournalDisk(f"{self.settings.path}: its mark: {error.strerror}")
+
+    def _compare_with_mark(self, *, made: bool) -> None:
+        """Notice a journal that was put back to an older state, and let it prove nothing (S11)."""
+        with translated(self.settings.path):
+            reason = "" if made else set_back(self.connection, self._head, self._mark.read())
+        if reason:
+            logger.warning("%s: restored from a backup: %s", self.settings.path, reason)
+            with self.transaction():
+                distrust(self.connection)
+                seq = self.append(RESTORED, OperationId(""), {"text": reason})
+                boottime, boot_id = self.settings.boottime(), self.settings.boot_id
+                write_restored(self.connection, Restored(seq, boottime, boot_id, reason))
+        try:
+            self._mark.write(self._head)
+            self._mark.sync()
+        except OSError as error:
+            raise JournalError(f"{self.settings.path}: its mark: {error.strerror}") from error
+        with translated(self.settings.path):
+            self.restored = read_restored(self.connection)
+
     def _close_files(self) -> None:
         """In this order: see `Descriptors`."""
         if hasattr(self, "connection"):
             self.connection.close()
         self._descriptors.close()
+        self._mark.close()
         os.close(self._lock)
 
     def _insert(self, link: Link) -> None:
@@ -351,9 +390,9 @@ class JournalStore:
             raise JournalDamaged(f"{self.settings.path}: replaced by another file while it was open")
 
 
-def _open(path: Path) -> Descriptors:
+def _open(path: Path) -> tuple[Descriptors, Mark]:
     try:
-        return Descriptors(path)
+        return Descriptors(path), Mark(path)
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}") from error
 

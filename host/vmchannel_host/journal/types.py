@@ -143,3 +143,4 @@ class VerifyResult:
     public_key: str  # SHA-256 of the public key that was used, hex
     bad_seq: int | None = None  # first record that is wrong, or missing
     problem: str = ""  # one line, "" when ok
+    restored_seq: int = 0  # the last record that says that the journal had been put back to an older state

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from vmchannel_host.journal.journal import Journal
+from vmchannel_host.journal.restored import Restored
 from vmchannel_host.journal.store import JournalStore
 from vmchannel_host.journal.types import JournalError, VerifyResult
 from vmchannel_host.model import BootId
@@ -37,6 +38,11 @@ class UnusableJournal(Journal):
     def short(self) -> str:
         """Room is not what is missing."""
         return ""
+
+    @property
+    def restored(self) -> Restored | None:
+        """Nothing is known."""
+        return None
 
     async def close(self) -> None:
         """There is nothing to close."""

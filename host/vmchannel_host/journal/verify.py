@@ -12,6 +12,7 @@ from pathlib import Path
 from vmchannel_host.journal.chain import Head, Link, Verifier, genesis
 from vmchannel_host.journal.file import Row, connect, read_head, read_meta, translated
 from vmchannel_host.journal.keys import load_verifier
+from vmchannel_host.journal.restored import KIND as RESTORED
 from vmchannel_host.journal.types import VerifyResult
 
 
@@ -27,6 +28,7 @@ class _Walk:
     hash: bytes
     first: int = 0
     records: int = 0
+    restored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def verify_file(
         public_key=verifier.fingerprint,
         bad_seq=fault.seq if fault else None,
         problem=fault.problem if fault else "",
+        restored_seq=walk.restored,
     )
 
 
@@ -98,6 +101,8 @@ def _walk(
         walk.seq, walk.hash = row[0], row[8]
         walk.first = walk.first or walk.seq
         walk.records += 1
+        if row[4] == RESTORED:
+            walk.restored = walk.seq
 
 
 def _problem(row: Row, walk: _Walk, journal_id: str, verifier: Verifier) -> str:

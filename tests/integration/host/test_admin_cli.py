@@ -275,6 +275,24 @@ async def test_a_bad_journal_is_named_with_its_record(rig: AdminRig) -> None:
     assert ran.lines[0] == "journal:   BAD at record 4: record 4 was changed"
 
 
+async def test_a_journal_is_backed_up_and_restored_without_a_daemon(tmp_path: Path) -> None:
+    journal, nobody, copy = JournalRig(tmp_path / "state"), tmp_path / "nobody.sock", tmp_path / "copy.db"
+    await journal.filled(5)
+    words = ("--state", str(journal.directory))
+    ran = command(nobody, "journal", "backup", str(copy), *words)
+    assert (ran.code, ran.lines[0]) == (0, "journal:   ok: 5 records, 1 to 5")
+    assert command(nobody, "journal", "backup", str(copy), *words).code == 1
+    async with journal.opened():
+        ran = command(nobody, "journal", "restore", str(copy), *words)
+        assert (ran.code, "another daemon" in ran.err) == (1, True)
+    assert command(nobody, "journal", "restore", str(tmp_path / "none"), *words).code == 2
+    assert command(nobody, "journal", "restore", str(copy), *words, "--json").code == 0
+    async with journal.opened():
+        pass
+    ran = command(nobody, "verify-journal", "--file", str(journal.path))
+    assert (ran.code, "restored from a backup at 6" in " ".join(ran.lines)) == (0, True)
+
+
 async def test_a_journal_file_is_verified_without_a_daemon(tmp_path: Path) -> None:
     journal, nobody = JournalRig(tmp_path / "state"), tmp_path / "nobody.sock"
     await journal.filled(5)

@@ -130,6 +130,25 @@ async def test_a_daemon_without_a_usable_journal_runs_refuses_everything_and_say
     assert (await site.fence("off", vm))["ok"]
 
 
+async def test_s11_after_a_restore_a_vm_that_was_off_is_not_until_it_is_seen_again(site: Site) -> None:
+    vm, here = await running(site, "restored"), await running(site, "stays")
+    assert (await site.fence("off", vm))["ok"]
+    state, copy = f"{site.folder}/state", f"{site.folder}/copy.db"
+    assert (await run_program("vmchannelctl", "journal", "backup", copy, "--state", state)).code == 0
+    site.daemon.end()
+    assert (await run_program("vmchannelctl", "journal", "restore", copy, "--state", state)).code == 0
+    site.daemon.start()
+    answer = await site.fence("off", vm)
+    assert (answer["ok"], answer["code"]) == (False, "migrated_away"), answer
+    assert "restored from a backup" in answer["reason"], answer
+    assert await site.status(vm) == "unknown"
+    assert (await site.fence("off", here))["ok"]
+    vm.start()
+    await site.until_run_state(vm, "running")
+    assert (await site.fence("off", vm))["ok"]
+    await assert_already_off(site, vm)
+
+
 # VMs come and go
 
 

@@ -363,6 +363,7 @@ async def test_files_and_directory_are_private_and_the_public_key_is_public(rig:
     assert modes == {
         "journal.db": 0o600,
         "journal.db.spare": 0o600,
+        "journal.db.mark": 0o600,
         "journal.db-shm": 0o600,
         "journal.db-wal": 0o600,
         "journal.db.lock": 0o600,
