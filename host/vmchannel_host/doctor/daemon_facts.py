@@ -66,7 +66,8 @@ class MachineLook:
     async def facts(self, paths: Sequence[str], timeout_s: float) -> MachineFacts:
         """What it found; only `late` when it does not end in time. Who asks at once shares one look."""
         if self._running is None or self._running.done():
-            self._running = asyncio.ensure_future(asyncio.to_thread(self._look, paths, timeout_s))
+            loop = asyncio.get_running_loop()
+            self._running = loop.run_in_executor(None, self._look, paths, timeout_s)
             self._running.add_done_callback(_fetched)
         try:
             async with asyncio.timeout(timeout_s + self._slack_s):
@@ -111,7 +112,9 @@ class Doctor:
             DaemonFacts(
                 version=fence_vmchannel.__version__,
                 state=self.state(),
-                vms=tuple(self._vm(vm, directory) for vm in sorted(self.registry.vms())),
+                vms=tuple(
+                    sorted((self._vm(vm, directory) for vm in self.registry.vms()), key=lambda vm: vm.name)
+                ),
                 ports=tuple(self._ports(directory)),
                 conflicts=tuple(one.text for one in self.registry.all_conflicts()),
                 policy=self._policy(directory),
@@ -153,7 +156,7 @@ class Doctor:
                     problem=peer.detail if peer is not None else "",
                 )
             )
-        return found
+        return sorted(found, key=lambda port: (port.vm, port.port))
 
     def _policy(self, directory: VmDirectory) -> PolicyFact:
         policy, cluster = self.policy(), self.cluster()

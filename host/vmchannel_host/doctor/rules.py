@@ -115,7 +115,7 @@ def _socket(one: SocketFact, vms: dict[int, str]) -> Iterator[Finding]:
         )
         yield Finding(ERROR, subject, held, remedy)
     if one.mode & 0o002:
-        text = f"{one.path} may be used by every user of this host (mode {one.mode:04o})"
+        text = f"{one.path} may be used by every user of this host (mode {one.mode:04o}, owner {one.uid})"
         danger = (
             "a monitor gives full power over the VM"
             if one.purpose == "monitor"

@@ -38,6 +38,7 @@ async def test_a_look_that_hangs_is_late_and_no_second_one_begins_beside_it() ->
         assert machine.looks == 1
     finally:
         machine.go.set()
+    assert not (await look.facts((), timeout_s=20)).late
 
 
 async def test_who_asks_at_once_shares_one_look_and_who_asks_later_gets_a_new_one() -> None:
