@@ -116,7 +116,8 @@ class Multiplexer:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
         if not self._room_for_another(priority) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
-        if not self._promise(channel, window):
+        if not (self._promise(channel, window) and self._admit(channel, 0)):  # the payload is queued too
+            self._promised -= channel.promised
             raise ServiceRefused(CloseCode.LIMIT, _FULL)
         channel.receive_limit = window
         channel.open_payload = payload
