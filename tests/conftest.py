@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says what else runs here
+settings.load_profile("untimed")
 
 
 @pytest_asyncio.fixture
