@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fence_vmchannel.core.channel_state import MIN_WINDOW, message_cost
-from fence_vmchannel.core.channels import RESERVED_BYTES, RESERVED_WINDOW
 from fence_vmchannel.core.connection import (
     FRAME_COST,
     MAX_FRAGMENT,
@@ -22,6 +21,7 @@ from fence_vmchannel.core.connection import (
     Role,
 )
 from fence_vmchannel.core.frames import Frame, FrameType
+from fence_vmchannel.core.windows import RESERVED_BYTES, RESERVED_WINDOW
 from fence_vmchannel.errors import ChannelClosed, CloseCode, ServiceRefused
 from tests.fakes.conversation import Conversation
 from tests.fakes.raw_peer import RawPeer
