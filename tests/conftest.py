@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 from tests.counts import OPTION, Count
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says what else runs here
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -214,8 +214,7 @@ class Channel:
         channel.receive_limit = saved.receive_limit
         if channel.state is not ChannelState.OFFERED:
             channel.promised = max(saved.window, MIN_WINDOW)
-        if channel.state not in (ChannelState.QUEUED, ChannelState.OPENING):
-            channel.admitted = max(saved.largest_window, MIN_WINDOW)
+        channel.admitted = max(saved.largest_window, MIN_WINDOW)
         channel.queue.extend((fragment.payload, fragment.flags) for fragment in saved.queue)
         if saved.close_code is not None:
             channel.close_code = CloseCode(saved.close_code)

@@ -34,6 +34,7 @@ from fence_vmchannel.core.events import (
 )
 from fence_vmchannel.core.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
 from fence_vmchannel.core.tally import Refusal, Tally
+from fence_vmchannel.core.windows import Allowance, largest_window
 from fence_vmchannel.errors import (
     ChannelClosed,
     CloseCode,
@@ -58,12 +59,7 @@ CONTROL_IN_FLIGHT: Final = FENCING_IN_FLIGHT + 65_536
 control frames wait behind fencing data: an OPEN may be large, and a flood of them must not stop a fence."""
 
 RESERVED_CHANNELS: Final = 16
-RESERVED_BYTES: Final = 4_194_304
-"""Channels, and bytes of windows in each direction, that FENCING and CONTROL channels have beyond the limits
-of the session: no flood of others, and no small limit, keeps a fence from being opened."""
-
-RESERVED_WINDOW: Final = 262_144
-"""No limit cuts a window of a FENCING or CONTROL channel below this."""
+"""Channels that FENCING and CONTROL have beyond the limit of the session."""
 
 MAX_TARGET_BYTES: Final = 1_024
 MAX_REASON: Final = 1_000
@@ -100,8 +96,8 @@ class Multiplexer:
         self._parity = 0 if role is Role.HOST else 1  # of our own channel numbers
         self._next_number = 2 if role is Role.HOST else 1
         self._peer_highest = 0  # highest number that the peer opened: all at or below it are known or gone
-        self._promised = 0  # the sum of all channels' `promised`
-        self._admitted = 0  # the sum of all channels' `admitted`
+        self._promised = Allowance(limits.session_bytes)  # of which each channel holds its `promised`
+        self._admitted = Allowance(limits.session_bytes)  # of which each channel holds its `admitted`
         self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
         self._control: deque[tuple[FrameType, int]] = deque()
         self.late: set[int] = set()  # channels whose CREDIT waits for more, or for `release_credit`
@@ -125,6 +121,7 @@ class Multiplexer:
     def set_limits(self, limits: Limits) -> None:
         """See `Connection.set_limits`."""
         self._limits = limits
+        self._promised.session_bytes = self._admitted.session_bytes = limits.session_bytes
 
     # --- the application's side ---
 
@@ -136,7 +133,8 @@ class Multiplexer:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
         if not self._room_for_another(priority) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
-        if not self._promise(channel, window):
+        if not (self._promise(channel, window) and self._admit(channel, 0)):  # the payload is queued too
+            self._promised.give_back(channel.promised)
             raise ServiceRefused(CloseCode.LIMIT, _FULL)
         channel.receive_limit = window
         channel.open_payload = payload
@@ -211,7 +209,7 @@ class Multiplexer:
             )
         consumed = max(delivered, channel.consumed)
         if limit > consumed + channel.window:
-            room = channel.promised + self._room(self._promised, channel.priority)
+            room = channel.promised + self._promised.room(channel.priority)
             window = min(limit - consumed, channel.most, room)
             self._promise(channel, window)
             limit = consumed + window
@@ -258,8 +256,8 @@ class Multiplexer:
     def room(self, target: str, window: int) -> tuple[int, int, int]:
         """See `Connection.room`."""
         channels = max(0, self._limits.channels - len(self._channels))
-        cost = max(MIN_WINDOW, min(window, self._most(target, Priority.NORMAL)))
-        return channels, self._room(self._promised, Priority.NORMAL), cost
+        cost = max(MIN_WINDOW, min(window, largest_window(self._limits, target, Priority.NORMAL)))
+        return channels, self._promised.room(Priority.NORMAL), cost
 
     def promised(self, number: int) -> int:
         """See `Connection.promised`."""
@@ -306,9 +304,8 @@ class Multiplexer:
                 survivors[number] = channel
             else:
                 lost[number] = channel.sent - channel.delivered
+                self._give_back(channel)
         self._channels = survivors
-        self._promised = sum(channel.promised for channel in survivors.values())
-        self._admitted = sum(channel.admitted for channel in survivors.values())
         self._urgent.clear()
         self._control.clear()
         for channel in survivors.values():
@@ -429,7 +426,7 @@ class Multiplexer:
             self._break(channel, f"credit {delivered} to {limit} does not fit")
             return
         if limit > delivered + channel.largest_window:
-            room = channel.admitted + self._room(self._admitted, channel.priority)
+            room = channel.admitted + self._admitted.room(channel.priority)
             window = min(limit - delivered, channel.most, room)
             self._admit(channel, window)
             limit = delivered + window
@@ -533,10 +530,10 @@ class Multiplexer:
                 raise ValueError(f"channel number {each.number}")
             channel = self._channels[each.number] = Channel.load(each)
             # What it had under larger limits it keeps: a message of that size may be under way.
-            most = self._most(channel.target, channel.priority)
+            most = largest_window(self._limits, channel.target, channel.priority)
             channel.most = max(most, channel.window, channel.largest_window)
-            self._promised += channel.promised
-            self._admitted += channel.admitted
+            self._promised.hold(channel.promised)
+            self._admitted.hold(channel.admitted)
             self._queued_bytes += sum(len(payload) for payload, _ in channel.queue)
             if channel.wants_to_send():
                 self._rings[channel.priority].add(channel)
@@ -593,14 +590,8 @@ class Multiplexer:
     def _new(self, number: int, target: str, priority: Priority, state: ChannelState) -> Channel:
         """A channel that is not counted yet."""
         channel = Channel(number, target, priority, state)
-        channel.most = self._most(target, priority)
+        channel.most = largest_window(self._limits, target, priority)
         return channel
-
-    def _most(self, target: str, priority: Priority) -> int:
-        """The largest window of a channel, in either direction."""
-        limits = self._limits
-        most = min(limits.max_window_bytes, limits.target_bytes.get(target, MAX_OFFSET))
-        return max(most, MIN_WINDOW if priority is Priority.NORMAL else RESERVED_WINDOW)
 
     def _room_for_another(self, priority: Priority) -> bool:
         """Whether the limits allow a further channel."""
@@ -608,41 +599,30 @@ class Multiplexer:
         return len(self._channels) < self._limits.channels + reserve
 
     def _promise(self, channel: Channel, window: int) -> bool:
-        """Take what a receive window adds to what the channel has from the session's bytes, if it is there.
-
-        One fragment is counted even for a smaller window, so that a later grant of so much never fails.
-        """
-        more = max(window, MIN_WINDOW) - channel.promised
-        if more > 0:
-            if more > self._room(self._promised, channel.priority):
-                return False
-            self._promised += more
-            channel.promised += more
-        channel.window = max(window, channel.window)
-        return True
+        """Count a receive window of ours against the session's limit; False: there is no room for it."""
+        held = self._promised.take(window, channel.priority, held=channel.promised)
+        if held:
+            channel.promised = held
+            channel.window = max(window, channel.window)
+        return bool(held)
 
     def _admit(self, channel: Channel, window: int) -> bool:
         """The same for a window of the peer: for what we may have to queue."""
-        more = max(window, MIN_WINDOW) - channel.admitted
-        if more > 0:
-            if more > self._room(self._admitted, channel.priority):
-                return False
-            self._admitted += more
-            channel.admitted += more
-        channel.largest_window = max(window, channel.largest_window)
-        return True
+        held = self._admitted.take(window, channel.priority, held=channel.admitted)
+        if held:
+            channel.admitted = held
+            channel.largest_window = max(window, channel.largest_window)
+        return bool(held)
 
-    def _room(self, taken: int, priority: Priority) -> int:
-        """What is left of the session's bytes in the direction of which so much is taken."""
-        reserve = 0 if priority is Priority.NORMAL else RESERVED_BYTES
-        return max(0, self._limits.session_bytes + reserve - taken)
+    def _give_back(self, channel: Channel) -> None:
+        self._promised.give_back(channel.promised)
+        self._admitted.give_back(channel.admitted)
 
     def _forget(self, channel: Channel) -> None:
         """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
         without ever acknowledging would make the queues grow without end."""
-        self._promised -= channel.promised
+        self._give_back(channel)
         self.late.discard(channel.number)
-        self._admitted -= channel.admitted
         channel.close_code = None
         del self._channels[channel.number]
         enough = 64 + 8 * len(self._channels)  # a channel has at most four control frames waiting

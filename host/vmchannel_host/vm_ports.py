@@ -39,7 +39,7 @@ class VmPorts:
         prefix: str,
         peers: ChardevPeers,
         look: Callable[[ProcessIdentity], None],
-        terms: Callable[[PortName], PeerTerms] = lambda _: PeerTerms(),
+        terms: Callable[[PortName], PeerTerms],
     ) -> None:
         """Serve no port yet.
 

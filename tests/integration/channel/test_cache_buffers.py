@@ -103,7 +103,7 @@ async def test_a_service_for_which_nothing_is_kept_ends_alone(tmp_path: Path) ->
         async with host_away(pair):
             await kept.send(b"kept")
             with pytest.raises(ChannelClosed):
-                await dropped.receive()
+                await asyncio.wait_for(dropped.receive(), 5)
             with pytest.raises(ServiceRefused):
                 await client.open("org.example.clipboard", timeout_s=5)
         assert await kept.receive() == b"kept"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ import pytest
 from fence_vmchannel import Hub, PeerStatus
 from fence_vmchannel.core.events import PeerIdentity
 from tests.unit.host.registry_builders import VM1, instance, process
+from vmchannel_host.config.model import HostConfig, PortLimits, PortsConfig
 from vmchannel_host.hypervisors.peer import WrongPeer
-from vmchannel_host.model import Instance, Port, PortName, ProcessIdentity, RunState
+from vmchannel_host.model import HostName, Instance, Port, PortName, ProcessIdentity, RunState
+from vmchannel_host.port_terms import terms_of_port
 from vmchannel_host.vm_ports import VmPorts
 
 PORT = PortName("org.vmchannel.0")
+OVERRIDDEN = PortName("org.vmchannel.1")
+CONFIG = HostConfig(
+    HostName("hv1"),
+    ports=PortsConfig(overrides={OVERRIDDEN: PortLimits(65_536, 65_536, cache_buffers=False)}),
+)
 
 
 class NobodyKnown:
@@ -33,7 +41,9 @@ class Served:
         self.hub = hub
         self.folder = folder
         self.asked: list[ProcessIdentity] = []
-        self.ports = VmPorts(hub, "org.vmchannel.", NobodyKnown(), self.asked.append)
+        self.ports = VmPorts(
+            hub, "org.vmchannel.", NobodyKnown(), self.asked.append, partial(terms_of_port, CONFIG)
+        )
 
     def instance(self, *names: str, pid: int = 100, guest_open: bool = False) -> Instance:
         found = tuple(
@@ -59,6 +69,13 @@ async def test_ports_with_the_prefix_are_served_as_long_as_an_instance_has_them(
     assert [peer.port for peer in served.status] == [PORT]
     served.ports.update(VM1, [])
     assert served.status == []
+
+
+async def test_each_port_gets_the_limits_that_are_configured_for_it(served: Served) -> None:
+    served.ports.update(VM1, [served.instance(PORT, OVERRIDDEN)])
+    terms = {peer.info.port: peer.terms for peer in served.hub.peers}
+    assert (terms[PORT].limits.max_window_bytes, terms[PORT].keep) == (1_048_576, True)
+    assert (terms[OVERRIDDEN].limits.max_window_bytes, terms[OVERRIDDEN].keep) == (65_536, False)
 
 
 async def test_the_running_instance_of_a_vm_speaks_for_it(served: Served) -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from fence_vmchannel.core.channel_state import (
     CHANNEL_TRANSITIONS,
+    QUANTUM,
     Channel,
     ChannelInput,
     ChannelState,
+    RoundRobin,
     largest_message,
     message_cost,
 )
@@ -355,6 +357,21 @@ def test_bulk_channels_share_by_bytes_not_by_messages() -> None:
         peer.send_ack()
     assert sent[1] > 300_000
     assert abs(sent[1] - sent[3]) <= 2 * (MAX_FRAGMENT + FRAME_COST)
+
+
+@given(st.lists(st.lists(st.integers(0, MAX_FRAGMENT), min_size=1, max_size=40), min_size=2, max_size=6))
+def test_no_channel_that_has_something_to_send_falls_behind_another(sizes: list[list[int]]) -> None:
+    """Whatever the sizes: of any two that have some left, none is more than two largest frames ahead."""
+    ring = RoundRobin()
+    for number, messages in enumerate(sizes):
+        channel = Channel(number, "x", Priority.NORMAL, ChannelState.OPEN)
+        channel.queue.extend((bytes(size), END) for size in messages)
+        ring.add(channel)
+    members = list(ring)
+    while (served := ring.next()) is not None:
+        served.pop()
+        waiting = [channel.scheduled for channel in members if channel.queue]
+        assert not waiting or max(waiting) - min(waiting) <= 2 * QUANTUM
 
 
 def test_a_channel_whose_reader_stalls_stops_only_its_own_writer() -> None:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fence_vmchannel.core.channel_state import MIN_WINDOW, message_cost
-from fence_vmchannel.core.channels import RESERVED_BYTES, RESERVED_WINDOW
 from fence_vmchannel.core.connection import (
     FRAME_COST,
     MAX_FRAGMENT,
@@ -22,6 +21,7 @@ from fence_vmchannel.core.connection import (
     Role,
 )
 from fence_vmchannel.core.frames import Frame, FrameType
+from fence_vmchannel.core.windows import RESERVED_BYTES, RESERVED_WINDOW
 from fence_vmchannel.errors import ChannelClosed, CloseCode, ServiceRefused
 from tests.fakes.conversation import Conversation
 from tests.fakes.raw_peer import RawPeer
@@ -152,6 +152,22 @@ def test_what_the_peer_lets_us_send_is_bounded_over_all_channels() -> None:
         peer.send(FrameType.CREDIT, credit(0, ENDLESS), channel=number)
         peer.connection.send(number, bytes(peer.connection.credit(number)))
     assert peer.connection.unsent_bytes <= 350 * KIB
+
+
+def test_what_we_open_counts_with_what_we_may_send() -> None:
+    """Its payload waits with all else for a peer that is away."""
+    peer = greeted(Limits(max_window_bytes=100 * KIB, session_bytes=150 * KIB))
+    peer.send(FrameType.OPEN, opening(), channel=1)
+    first = peer.connection.open("a", window=0, payload=bytes(MAX_FRAGMENT))
+    for _ in range(5):
+        with pytest.raises(ServiceRefused) as refused:
+            peer.connection.open("b", window=0, payload=bytes(MAX_FRAGMENT))
+        assert refused.value.code is CloseCode.LIMIT
+    peer.receive()
+    for number in (1, first):
+        peer.send(FrameType.CLOSE, b"\0\0", channel=number)
+    for _ in range(150 * KIB // MIN_WINDOW):  # the refused ones have left nothing behind
+        peer.connection.open("b", window=0, payload=bytes(MAX_FRAGMENT))
 
 
 def test_a_peer_that_accepts_with_more_than_there_is_room_for_ends_that_channel_only() -> None:
