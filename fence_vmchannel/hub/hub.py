@@ -177,7 +177,7 @@ class Hub:
         endpoint = Endpoint(
             peer, connection, PeerObserver(peer, self._peers, self._router.from_peer), clock=self._clock
         )
-        entry = Peer(peer, endpoint, connector)
+        entry = Peer(peer, endpoint, connector, mute_rounds=1 if role is Role.HOST else 0)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
 
@@ -197,6 +197,12 @@ class Hub:
         if entry is not None:
             entry.endpoint.detail = "the guest has closed the port"
             entry.endpoint.relink()
+
+    def guest_opened(self, peer: PeerInfo) -> None:
+        """The guest has opened its end of the port: if it stays mute now, the port is stuck."""
+        entry = self._peers.get(peer)
+        if entry is not None:
+            entry.mute_rounds = min(1, entry.mute_rounds)
 
     def serve_ports(
         self, prefix: str = PORT_PREFIX, paths: PortPaths = SYSTEM_PATHS, *, rescan_s: float | None = None
