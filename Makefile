@@ -43,8 +43,8 @@ diagrams: deps ## draw docs/state-machines.md and fill docs/protocol.md's tables
 bench: deps ## measure; figures with the machine they were measured on
 	$(BIN)/python -m benchmarks $(ARGS)
 
-test-all: check ## the checks and every test, the long ones too
-	$(PYTEST) $(ARGS) tests/unit tests/integration tests/system
+test-all: check ## the checks, every test with its full count, fuzzing; goes on where it stopped (ARGS="soak" narrows)
+	$(BIN)/python -m tests.verification $(ARGS)
 
 clean:     ## remove what was built, cached or installed here
 	rm -rf .venv .cache build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -251,7 +251,7 @@ class Hub:
         else:
             endpoint.connection.set_limits(terms.limits)
             endpoint.belong(peer, observer)
-        entry = Peer(peer, endpoint, connector, terms, owner)
+        entry = Peer(peer, endpoint, connector, terms, owner, mute_rounds=1 if role is Role.HOST else 0)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
 
@@ -271,6 +271,12 @@ class Hub:
         if entry is not None:
             entry.endpoint.detail = "the guest has closed the port"
             entry.endpoint.relink()
+
+    def guest_opened(self, peer: PeerInfo) -> None:
+        """The guest has opened its end of the port: if it stays mute now, the port is stuck."""
+        entry = self._peers.get(peer)
+        if entry is not None:
+            entry.mute_rounds = min(1, entry.mute_rounds)
 
     def serve_ports(
         self, prefix: str = PORT_PREFIX, paths: PortPaths = SYSTEM_PATHS, *, rescan_s: float | None = None

@@ -37,6 +37,18 @@ LAST_RETRY_S: Final = 1.0
 _STABLE_S = 1.0
 """A link that lasted so long was good: the next attempt comes soon again."""
 
+MUTE_S: Final = 10.0
+"""A link to a guest over which no byte has come for so long is made anew: its port may be stuck.
+
+QEMU (7.2) stops taking from a port when its socket is full, and again when the socket closes in the middle of
+a write; the second stop outlives the reconnection, and only the next one ends it (measured: `info qtree` says
+"host on, throttle on" with an empty socket). A guest that has anything to say says it within 4 s (KNOCK).
+"""
+
+MAX_MUTE_ROUNDS: Final = 32
+"""Each link over which nothing came is waited for twice as long as the one before, at most so often MUTE_S: a
+VM without a hub of ours is left in peace."""
+
 
 class Connector(Protocol):
     """How to get a link to a peer."""
@@ -59,6 +71,7 @@ class Peer:
     connected: PeerConnected | None = None  # the last greeting on the present link
     trouble: str = ""  # why there is no link, as last told
     task: asyncio.Task[None] | None = None
+    mute_rounds: int = 0  # how often MUTE_S a link may be mute; 0: for ever
     hurry: asyncio.Event = field(default_factory=asyncio.Event)  # try again now
     noise: RateLimitedLog = field(default_factory=lambda: RateLimitedLog(log, clock=time.monotonic))
     """For what the peer can cause as often as it likes: it may greet anew twice a second."""
@@ -237,11 +250,29 @@ async def keep_linked(peer: Peer, table: PeerTable) -> None:
             table.trouble(peer, "internal error; the log says more")
         else:
             peer.trouble = ""
-            ended = peer.endpoint.use(link)
-            reason = await ended
+            reason = await _use(peer, link)
+            if not reason:
+                continue
             peer.noise.info("peer %s: link ended: %s", peer.info, quoted(reason))
         pause_s = FIRST_RETRY_S if loop.time() - began > _STABLE_S else min(pause_s * 2, LAST_RETRY_S)
         await _pause(peer.hurry, pause_s)
+
+
+async def _use(peer: Peer, link: Link) -> str:
+    """Talk over a link until it ends; returns why, or nothing if it was mute."""
+    before = peer.endpoint.received_bytes
+    ended = peer.endpoint.use(link)
+    rounds = 0
+    while not ended.done() and peer.mute_rounds and peer.endpoint.received_bytes == before:
+        if rounds >= peer.mute_rounds:
+            peer.mute_rounds = min(2 * peer.mute_rounds, MAX_MUTE_ROUNDS)
+            peer.endpoint.drop_link("the guest says nothing")
+            return ""
+        await asyncio.wait((ended,), timeout=MUTE_S)
+        rounds += 1
+    reason = await ended
+    peer.mute_rounds = min(1, peer.mute_rounds)
+    return reason
 
 
 async def _pause(hurry: asyncio.Event, pause_s: float) -> None:

@@ -75,6 +75,8 @@ class VmPorts:
             self._served[key] = (want, peer)
             if served.port.guest_open and not want.port.guest_open:
                 self._hub.guest_closed(peer)
+            elif want.port.guest_open and not served.port.guest_open:
+                self._hub.guest_opened(peer)
 
     def greeted(self, vm: VmUuid, port: str) -> None:
         """The guest spoke on that port. If the hypervisor called it closed, its word is old.

@@ -19,7 +19,7 @@ SECONDS: Final = 60.0
 """For each target."""
 
 PLANTED_S: Final = 60
-"""The planted bug takes some seconds to find; a loaded machine may need longer."""
+"""At most: the planted bug takes a second or two to find, on a loaded machine ten times as long."""
 
 
 def fuzz(name: str, seconds: float, folder: Path = FOLDER) -> subprocess.CompletedProcess[str]:

@@ -295,8 +295,11 @@ class Scene:
                     assert channel not in self.living
                     self.living.add(channel)
                     self.received[channel] = 0
-                    with suppress(ChannelClosed):
+                    try:
                         self.connection.accept(channel)
+                    except ChannelClosed:  # no memory for it, or its end follows
+                        self.living.discard(channel)
+                    else:
                         self.accepted.add(channel)
                 case Data():
                     self.received[event.channel] = self.received.get(event.channel, 0) + event.cost

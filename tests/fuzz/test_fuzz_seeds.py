@@ -47,9 +47,9 @@ def changed(seed: bytes, rng: random.Random) -> bytes:
 
 def test_the_planted_bug_is_behind_three_checks() -> None:
     PLANTED.run(b"")
-    PLANTED.run(b"\xf5\0\0\0\0")
+    PLANTED.run(b"\xf5VM.")
     with pytest.raises(PlantedBugError):
-        PLANTED.run(bytes((0xF5, 5 ^ 0x5A)) + b"VMC")
+        PLANTED.run(b"\xf5VMC")
 
 
 def test_a_plan_gives_each_byte_once_and_then_zeros() -> None:

@@ -10,14 +10,28 @@ from pathlib import Path
 import pytest
 
 from fence_vmchannel import PeerConnected, PortAdded, PortRemoved
+from tests.counts import Count
 from tests.rig.fixtures import Attach
 from tests.rig.guest import Guest
 from tests.rig.image import Image
 from tests.rig.vm import Vm
-from tests.system.channel_rig import WAIT_S, echo, guest_watch, host_watch, offered, port_view, until
+from tests.system.channel_rig import (
+    WAIT_S,
+    echo,
+    guest_watch,
+    host_watch,
+    hub_pid,
+    offered,
+    port_view,
+    until,
+)
 from tests.system.site import Site, open_site
+from tests.system.test_channels import connections, open_files
 
 SECOND = "org.vmchannel.1"
+
+WATCHERS = 8
+"""Sockets and epolls of the test's own watchers and its service."""
 
 REQUEST = """
 import time
@@ -69,6 +83,11 @@ async def unplug(guest: Guest) -> None:
         await monitor.execute("chardev-remove", {"id": "second"})
 
 
+async def is_gone(site: Site, uuid: str) -> bool:
+    """Whether the daemon shows the second port no more."""
+    return await port_view(site, uuid, SECOND) is None
+
+
 async def test_a_port_is_found_by_its_name_in_sysfs_without_udev(site: Site, guest: Guest) -> None:
     udev = await guest.sh("ls -d /dev/virtio-ports /run/udev")
     names = await guest.sh("cat /sys/class/virtio-ports/vport0p*/name")
@@ -78,13 +97,21 @@ async def test_a_port_is_found_by_its_name_in_sysfs_without_udev(site: Site, gue
     assert served == ["org.vmchannel.0"]
 
 
-async def test_a_port_that_is_plugged_unplugged_and_plugged_again_is_served_each_time(
-    site: Site, guest: Guest
+@pytest.mark.counted
+@pytest.mark.timeout(1_800)
+async def test_a_port_that_is_plugged_and_unplugged_again_and_again_is_served_each_time(
+    site: Site, guest: Guest, count: Count
 ) -> None:
-    uuid = guest.spec.uuid
+    uuid, hub = guest.spec.uuid, await hub_pid(guest)
+
+    async def open_now() -> tuple[int, int]:
+        there = (await guest.sh(f"ls -l /proc/{hub}/fd")).check().stdout
+        return connections(there), connections(open_files(site.daemon.pid))
+
+    before = await open_now()
     inside = await guest_watch(guest)
     async with host_watch(site) as outside, offered(site, "org.example.echo", echo):
-        for _ in range(2):
+        for _ in range(count(2, 100, "hot-plug loops")):
             await plug(guest, SECOND)
             assert (await inside.next("port-added", SECOND))["peer"] == "host"
             await inside.next("peer-connected", SECOND)
@@ -94,8 +121,11 @@ async def test_a_port_that_is_plugged_unplugged_and_plugged_again_is_served_each
             await unplug(guest)
             await inside.next("port-removed", SECOND)
             assert (await outside.next(PortRemoved, SECOND)).key == uuid
-        assert await port_view(site, uuid, SECOND) is None
+            await until(lambda: is_gone(site, uuid), "end of the port")
+        inside_now, outside_now = await open_now()
         first = await port_view(site, uuid)
+    assert inside_now <= before[0] + WATCHERS
+    assert outside_now <= before[1] + WATCHERS
     assert first is not None
     assert first["connected"], "the first port has nothing to do with it"
 

@@ -17,14 +17,15 @@ def named(pattern: str, page: Path) -> list[str]:
     return re.findall(pattern, page.read_text("utf-8"))
 
 
-def test_every_test_that_the_safety_page_names_exists() -> None:
+@pytest.mark.parametrize("page", ["safety.md", "verification.md"])
+def test_every_test_that_is_named_exists(page: str) -> None:
     code = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    names = named(r"`(test_\w+)`", ROOT / "docs" / "safety.md")
+    names = named(r"`(test_\w+)`", ROOT / "docs" / page)
     assert len(names) > 10
     assert [name for name in names if f"def {name}(" not in code] == []
 
 
-@pytest.mark.parametrize("page", ["safety.md", "requirements.md"])
+@pytest.mark.parametrize("page", ["safety.md", "requirements.md", "verification.md"])
 def test_every_test_file_that_is_named_exists(page: str) -> None:
     paths = named(r"\b((?:unit|integration|system)/[\w/]+\.py)\b", ROOT / "docs" / page)
     assert len(paths) > 10

@@ -17,6 +17,7 @@ from fence_vmchannel.addresses import DEFAULT_PORT
 from fence_vmchannel.channel import Channel
 from fence_vmchannel.core.connection import Connection
 from fence_vmchannel.core.events import Limits, PeerIdentity, Role
+from fence_vmchannel.core.greeting import NO_SESSION
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.links.chardev import ChardevConnector
@@ -173,7 +174,9 @@ async def scene(
             hub.attach(HONEST, fake.host)
             honest.attach(HOST, fake.guest, role=Role.GUEST)
             assert await eventually(lambda: honest.status().peers[0].connected)
-            yield Scene(hub, honest, qemu, service, attacker, refused)
+            stage = Scene(hub, honest, qemu, service, attacker, refused)
+            assert await eventually(lambda: stage.honest_session != NO_SESSION)  # the host is sure of it too
+            yield stage
     finally:
         fake.close()
         qemu.close()

@@ -75,11 +75,10 @@ async def greets(stage: Scene) -> None:
 @pytest.mark.parametrize("length", [65_537, 2**31, 2**32 - 1])
 async def test_a_length_over_the_limit_is_believed_no_byte_of(tmp_path: Path, length: int) -> None:
     async with scene(tmp_path) as stage, stage.undisturbed():
-        sock = await stage.socket()
-        await write_all(sock, oversize(length) * 500 + b"\xf5VMC")
-        await asyncio.sleep(0.1)
-        sock.close()
-        await greets(stage)
+        guest = await stage.guest()
+        guest.write(oversize(length) * 500)
+        await guest.greet()  # nothing waits for what was announced
+        await guest.close()
 
 
 async def test_a_half_frame_is_waited_for_a_second_and_what_follows_it_is_read(tmp_path: Path) -> None:
@@ -95,12 +94,12 @@ async def test_a_guest_that_never_says_hello_stays_unconnected_and_is_asked_at_a
 ) -> None:
     async with scene(tmp_path) as stage, stage.undisturbed():
         guest = await stage.guest()
-        for _ in range(2_000):
+        for _ in range(100):
             guest.send(FrameType.KNOCK, epoch=0)
-        assert (await guest.expect(FrameType.CHALLENGE)).payload
-        await asyncio.sleep(1)
+            await guest.flush()
+            await asyncio.sleep(0.01)  # one at a time: knocks that come together are one
         assert not stage.attacked.opened
-        assert await guest.waiting_bytes() < 20 * (HEADER_BYTES + 8), "a challenge for each knock"
+        assert 0 < await guest.waiting_bytes() < 50 * (HEADER_BYTES + 8), "a challenge for each knock"
         await guest.close()
 
 
@@ -269,10 +268,16 @@ async def test_refusals_of_a_link_are_counted_and_logged_at_a_bounded_rate(
             sock = await stage.socket()
             await write_all(sock, b"\xf5VMC" * 100_000)
             sock.close()
-        await greets(stage)
+        guest = await stage.guest()
+        await guest.greet()
+        for number in range(1, 201, 2):
+            guest.send(FrameType.OPEN, opening("nobody.offers.this"), channel=number)
+            assert code_of((await guest.answer(number)).payload) == CloseCode.UNKNOWN_SERVICE
+        await guest.close()
     lines = [record.getMessage() for record in caplog.records if VM.name in record.getMessage()]
     assert [line for line in lines if "link refused: 'too much garbage'" in line]
-    assert len(lines) < 30
+    assert [line for line in lines if "nobody.offers.this" in line]
+    assert len(lines) < 50
     assert all(line.isprintable() for line in lines)
 
 
