@@ -82,7 +82,8 @@ class Endpoint(Shell):
         self._loop.remove_reader(link.fileno())
         self.finish(reason)
         self._arm()
-        self._tell_drain()
+        if self._moved is not None:
+            self._moved.set()
         if not ended.done():
             ended.set_result(reason)
 
@@ -186,7 +187,8 @@ class Endpoint(Shell):
             if more:
                 self._run_soon()  # the other links come first
             self._arm()
-        self._tell_drain()
+        if self._moved is not None:
+            self._moved.set()
 
     def _arm(self) -> None:
         due = self.next_alarm()
@@ -205,7 +207,3 @@ class Endpoint(Shell):
             self._run()
         else:
             self._arm()
-
-    def _tell_drain(self) -> None:
-        if self._moved is not None:
-            self._moved.set()
