@@ -10,13 +10,14 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
-from benchmarks import core, guest_channel, rig
+from benchmarks import agent, core, guest_channel, rig
 from benchmarks.figures import Figure, machine_line
 
 PARTS: Final[Mapping[str, Callable[[], Iterable[Figure]]]] = MappingProxyType(
     {
         "core": lambda: (core.round_trips(5000), core.throughput(5)),
         "rig": lambda: (rig.ends(10), rig.boots(3)),
+        "agent": lambda: agent.starts(30),
         "channel": lambda: guest_channel.channels(1000, 5),
     }
 )
