@@ -56,7 +56,7 @@ from fence_vmchannel.core.greeting import (
 )
 from fence_vmchannel.core.reliability import Inbox, Outbox, why_numbers_do_not_fit
 from fence_vmchannel.core.session_state import SessionInput, SessionState, next_state
-from fence_vmchannel.core.timers import ACK_AFTER_BYTES, GreetingPace, Timers
+from fence_vmchannel.core.timers import ACK_AFTER_BYTES, NEVER, GreetingPace, Timers
 from fence_vmchannel.errors import RemoteProtocolError
 
 FEATURES: Final = 0
@@ -138,8 +138,8 @@ class Session:
             return
         items = self._decoder.feed(data)
         if not self._decoder.pending:
-            self.timers.partial_at = None
-        elif items or self.timers.partial_at is None:
+            self.timers.partial_at = NEVER
+        elif items or self.timers.partial_at == NEVER:
             self.timers.partial_at = now + self.timers.PARTIAL_S
         self._take(items, now)
 
@@ -178,7 +178,7 @@ class Session:
         """Do what is due."""
         timers = self.timers
         if timers.due(timers.partial_at, now):
-            timers.partial_at = None
+            timers.partial_at = NEVER
             self._take(self._decoder.abandon(), now)
         if timers.due(timers.silent_at, now):
             timers.heard(now)
@@ -191,10 +191,10 @@ class Session:
             timers.stalled()
             self._anomaly("nothing acknowledged", now)
         if timers.due(timers.ack_at, now):
-            timers.ack_at = None
+            timers.ack_at = NEVER
             self._ack_due = True
         if timers.due(timers.credit_at, now):
-            timers.credit_at = None
+            timers.credit_at = NEVER
             self.channels.release_credit()
         if timers.due(timers.heartbeat_at, now) or timers.due(timers.probe_at, now):
             timers.probed(now)
@@ -243,7 +243,7 @@ class Session:
         self._unacknowledged_bytes += HEADER_BYTES + len(frame.payload)
         if self._unacknowledged_bytes >= ACK_AFTER_BYTES:
             self._ack_due = True
-        elif self.timers.ack_at is None:
+        elif self.timers.ack_at == NEVER:
             self.timers.ack_at = now + self.timers.ACK_DELAY_S
         if FIRST_SEQUENCED <= frame.type <= FrameType.CANCEL:
             self.channels.take(frame)
@@ -284,7 +284,7 @@ class Session:
             parts.append(pack_header(sent.identity, self._epoch, inbox.received, inbox.check, self.tick))
             parts.append(sent.payload)
             outbox.advance()
-        if self.channels.late and self.timers.credit_at is None:
+        if self.channels.late and self.timers.credit_at == NEVER:
             self.timers.credit_at = now + self.timers.CREDIT_DELAY_S
         if parts:
             self.timers.transmitted(now)
@@ -294,7 +294,7 @@ class Session:
         else:
             return b""
         self._ack_due = False
-        self.timers.ack_at = None
+        self.timers.ack_at = NEVER
         self._unacknowledged_bytes = 0
         return b"".join(parts)
 
