@@ -10,7 +10,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
-from benchmarks import core, guest_channel, host_fencing, rig, scale
+from benchmarks import agent, core, guest_channel, host_fencing, rig, scale
 from benchmarks.figures import Figure, machine_line
 
 PARTS: Final[Mapping[str, Callable[[], Iterable[Figure]]]] = MappingProxyType(
@@ -20,6 +20,7 @@ PARTS: Final[Mapping[str, Callable[[], Iterable[Figure]]]] = MappingProxyType(
         "fencing": lambda: host_fencing.fencing(1000, 20),
         "growth": lambda: chain.from_iterable(map(scale.rows, scale.growth((10, 100, 1000), 20, 10))),
         "crowd": lambda: scale.crowded(300),
+        "agent": lambda: agent.starts(30),
         "channel": lambda: guest_channel.channels(1000, 5),
     }
 )

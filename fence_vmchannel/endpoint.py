@@ -88,7 +88,8 @@ class Endpoint(Shell):
         self._loop.remove_reader(link.fileno())
         self.part(reason)
         self._arm()
-        self._tell_drain()
+        if self._moved is not None:
+            self._moved.set()
         if not ended.done():
             ended.set_result(reason)
         return link
@@ -211,7 +212,8 @@ class Endpoint(Shell):
             if more:
                 self._run_soon()  # the other links come first
             self._arm()
-        self._tell_drain()
+        if self._moved is not None:
+            self._moved.set()
 
     def _arm(self) -> None:
         due = self.next_alarm()
@@ -230,7 +232,3 @@ class Endpoint(Shell):
             self._run()
         else:
             self._arm()
-
-    def _tell_drain(self) -> None:
-        if self._moved is not None:
-            self._moved.set()

@@ -129,14 +129,14 @@ class Shell:
         ended = ended or (None if more else self._broken)
         if ended is not None:
             raise ended
-        broken = self._try_to_transmit(now)
+        broken = self._transmit(now)
         if self._refused:
             raise LinkError(self._refused)
         return more or broken
 
     def flush(self) -> bool:
         """Transmit what is queued and read nothing: all that is due after `kick`. True: a turn is due."""
-        return self._try_to_transmit(self._clock())
+        return self._transmit(self._clock())
 
     def next_alarm(self) -> float:
         """When a turn is due even if nothing comes, on the clock given; infinite: never. Ask after each turn
@@ -258,30 +258,27 @@ class Shell:
             return b"".join(pieces), False, error
         return b"".join(pieces), True, None
 
-    def _try_to_transmit(self, now: float) -> bool:
-        """Transmit; True if nothing can be written any more."""
-        if self._broken is None:
+    def _transmit(self, now: float) -> bool:
+        """Write what is queued, as far as the link takes it; True if nothing can be written any more."""
+        link, more = self._link, True
+        while link is not None and self._up and self._broken is None:
+            if not self._unsent:
+                if not more:
+                    break
+                self._unsent = memoryview(self.connection.data_to_send(now))
+                more = self.connection.more_to_send
+                if not self._unsent:
+                    break
             try:
-                self._transmit(now)
+                taken = link.send(self._unsent)
             except LinkError as error:  # the other end has gone: first to the end of what it wrote
                 self._broken = error
-        return self._broken is not None
-
-    def _transmit(self, now: float) -> None:
-        link, more = self._link, True
-        while link is not None and self._up:
-            if not self._unsent:
-                self._unsent = memoryview(self.connection.data_to_send(now))
-                if not self._unsent:
-                    return
-                more = self.connection.more_to_send
-            taken = link.send(self._unsent)
+                break
             if not taken:
-                return  # the link wakes us when it can take more
+                break  # the link wakes us when it can take more
             self.sent_bytes += taken
             self._unsent = self._unsent[taken:]
-            if not self._unsent and not more:
-                return
+        return self._broken is not None
 
     def _lower(self) -> None:
         self._unsent = memoryview(b"")  # the session sends again what was not acknowledged

@@ -138,7 +138,8 @@ class Channel:
         self.receive_limit = 0  # how far our consumer lets the peer send
         self.announced = 0  # of this, what OPEN, ACCEPT or CREDIT has told the peer
         self.credit_due = False  # a CREDIT waits in the control queue
-        self.queue: deque[tuple[bytes, int]] = deque()  # payload and flags of DATA not yet scheduled
+        # DATA not yet scheduled: payload, flags, CRC of the payload if it is known
+        self.queue: deque[tuple[bytes, int, int | None]] = deque()
         self.deficit = 0
         self.close_code: CloseCode | None = None  # set: CLOSE follows the queue
         self.close_reason = ""
@@ -162,13 +163,15 @@ class Channel:
         """What the next frame of the queue costs; for CLOSE the least."""
         return len(self.queue[0][0]) + FRAME_COST if self.queue else FRAME_COST
 
-    def pop(self) -> tuple[int, int, bytes]:
-        """Take the next frame off the queue: type, flags, payload (of CLOSE: empty, the caller fills it)."""
+    def pop(self) -> tuple[int, int, bytes, int | None]:
+        """Take the next frame off the queue: type, flags, payload (of CLOSE: empty, the caller fills it), CRC
+        of the payload if it is known.
+        """
         if self.queue:
-            payload, flags = self.queue.popleft()
+            payload, flags, crc = self.queue.popleft()
             self.scheduled += len(payload) + FRAME_COST
-            return FrameType.DATA, flags, payload
-        return FrameType.CLOSE, 0, b""
+            return FrameType.DATA, flags, payload, crc
+        return FrameType.CLOSE, 0, b"", None
 
     def save(self) -> SavedChannel:
         """All of it, for another process to go on with."""
@@ -193,7 +196,7 @@ class Channel:
             received=self.received,
             consumed=self.consumed,
             receive_limit=self.receive_limit,
-            queue=tuple(SavedFragment(payload, flags) for payload, flags in self.queue),
+            queue=tuple(SavedFragment(payload, flags) for payload, flags, _ in self.queue),
             close_code=self.close_code,
             close_reason=self.close_reason,
         )
@@ -215,7 +218,7 @@ class Channel:
         if channel.state is not ChannelState.OFFERED:
             channel.promised = max(saved.window, MIN_WINDOW)
         channel.admitted = max(saved.largest_window, MIN_WINDOW)
-        channel.queue.extend((fragment.payload, fragment.flags) for fragment in saved.queue)
+        channel.queue.extend((fragment.payload, fragment.flags, None) for fragment in saved.queue)
         if saved.close_code is not None:
             channel.close_code = CloseCode(saved.close_code)
         channel.close_reason = saved.close_reason

@@ -80,8 +80,8 @@ _CONTROL: Final = (
 )
 """What may wait as a control frame."""
 
-Outgoing = tuple[int, int, int, bytes]
-"""A frame without its numbers: type, flags, channel, payload."""
+Outgoing = tuple[int, int, int, bytes, int | None]
+"""A frame without its numbers: type, flags, channel, payload, CRC of the payload if it is known."""
 
 
 class Multiplexer:
@@ -157,7 +157,9 @@ class Multiplexer:
         channel.accept_payload = payload
         self._queue_control(FrameType.ACCEPT, channel)
 
-    def send(self, number: int, data: bytes | bytearray | memoryview, end: bool) -> None:
+    def send(
+        self, number: int, data: bytes | bytearray | memoryview, end: bool, crc: int | None = None
+    ) -> None:
         """See `Connection.send`."""
         channel = self._channel(number)
         if channel.state is not ChannelState.OPEN:
@@ -169,12 +171,13 @@ class Multiplexer:
                 raise MessageTooLarge(f"{size} bytes; the reader's window takes {self.max_message(number)}")
             raise CreditExceeded(f"{size} bytes; the reader has granted {self.credit(number)}")
         if size <= MAX_FRAGMENT:
-            channel.queue.append((bytes(data), END if end else 0))
+            channel.queue.append((bytes(data), END if end else 0, crc))
         else:
             view = memoryview(data)
             for at in range(0, size, MAX_FRAGMENT):
                 last = at + MAX_FRAGMENT >= size
-                channel.queue.append((bytes(view[at : at + MAX_FRAGMENT]), END if end and last else 0))
+                fragment = bytes(view[at : at + MAX_FRAGMENT])
+                channel.queue.append((fragment, END if end and last else 0, None))
         channel.sent += cost
         self._queued_bytes += size
         self._rings[channel.priority].add(channel)
@@ -272,7 +275,7 @@ class Multiplexer:
             return None
         if self._refusals:
             number, code, reason = self._refusals.popleft()
-            return FrameType.CLOSE, 0, number, _close_payload(code, reason)
+            return FrameType.CLOSE, 0, number, _close_payload(code, reason), None
         frame = self._next_control(self._urgent) if self._urgent else None
         if frame is not None or in_flight >= FENCING_IN_FLIGHT:
             return frame
@@ -336,7 +339,7 @@ class Multiplexer:
             if channel is not None:
                 payload = self._control_payload(kind, channel)
                 if payload is not None:
-                    return kind, 0, number, payload
+                    return kind, 0, number, payload, None
         return None
 
     def _control_payload(self, kind: FrameType, channel: Channel) -> bytes | None:
@@ -368,13 +371,13 @@ class Multiplexer:
         channel = ring.next()
         if channel is None:
             return None
-        kind, flags, payload = channel.pop()
+        kind, flags, payload, crc = channel.pop()
         if kind == FrameType.DATA:
             self._queued_bytes -= len(payload)
         elif channel.close_code is not None:
             payload = _close_payload(channel.close_code, channel.close_reason)
             channel.close_code = None
-        return kind, flags, channel.number, payload
+        return kind, flags, channel.number, payload, crc
 
     # --- the session's side: receiving ---
 
@@ -411,7 +414,8 @@ class Multiplexer:
             self._break(channel, "more data than was granted")
         else:
             channel.received += cost
-            self._events.append(Data(frame.channel, frame.payload, bool(frame.flags & END), cost))
+            end = bool(frame.flags & END)
+            self._events.append(Data(frame.channel, frame.payload, end, cost, frame.payload_crc))
 
     def _take_credit(self, frame: Frame) -> None:
         channel = self._known(frame)
@@ -534,7 +538,7 @@ class Multiplexer:
             channel.most = max(most, channel.window, channel.largest_window)
             self._promised.hold(channel.promised)
             self._admitted.hold(channel.admitted)
-            self._queued_bytes += sum(len(payload) for payload, _ in channel.queue)
+            self._queued_bytes += sum(len(payload) for payload, *_ in channel.queue)
             if channel.wants_to_send():
                 self._rings[channel.priority].add(channel)
         for entry in saved.control:
@@ -657,7 +661,7 @@ class Multiplexer:
         self._refusals.append((number, code, reason))
 
     def _drop_queue(self, channel: Channel) -> None:
-        self._queued_bytes -= sum(len(payload) for payload, _ in channel.queue)
+        self._queued_bytes -= sum(len(payload) for payload, *_ in channel.queue)
         channel.queue.clear()
 
 

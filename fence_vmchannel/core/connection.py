@@ -126,7 +126,7 @@ class Connection:
 
     def next_deadline(self) -> float | None:
         """When to call `handle_time`, seconds on the caller's clock; None: never."""
-        return self._session.next_deadline()
+        return self._session.timers.next()
 
     def handle_time(self, now: float) -> None:
         """Do what is due (heartbeat, repeated greeting, silence). Calling early or late is harmless."""
@@ -238,8 +238,17 @@ class Connection:
         """
         self._channels.accept(channel, window, payload)
 
-    def send(self, channel: int, data: bytes | bytearray | memoryview, *, end: bool = True) -> None:
+    def send(
+        self,
+        channel: int,
+        data: bytes | bytearray | memoryview,
+        *,
+        end: bool = True,
+        crc: int | None = None,
+    ) -> None:
         """Queue a message, or a fragment of one (`end=False`). Cut into frames of at most MAX_FRAGMENT bytes.
+
+        `crc`: the CRC-32 of `data`, if it is known (`Data.crc`). The peer checks it.
 
         Raises:
             MessageTooLarge: `data` alone costs more than the reader's whole window: it could never be sent.
@@ -247,7 +256,7 @@ class Connection:
             ChannelClosed: the channel is gone.
             LocalProtocolError: the channel is not accepted yet.
         """
-        self._channels.send(channel, data, end)
+        self._channels.send(channel, data, end, crc)
 
     def credit(self, channel: int) -> int:
         """The largest `data`, in bytes, that `send` takes now; 0 also when the channel is gone or not

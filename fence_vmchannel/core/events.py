@@ -126,6 +126,7 @@ class Data(NamedTuple):
     data: bytes
     end: bool  # last fragment of its message
     cost: int  # len(data) + FRAME_COST: what it takes from the window
+    crc: int  # CRC-32 of `data`, which was checked: who passes it on need not compute it again
 
 
 class Granted(NamedTuple):

@@ -84,6 +84,7 @@ class Frame(NamedTuple):
     ack_check: int  # running checksum at `ack`
     tick: int  # HOST: its clock, ms; GUEST: the last one seen
     payload: bytes
+    payload_crc: int
     identity: bytes
 
 
@@ -94,9 +95,18 @@ class Damage:
     skipped_bytes: int
 
 
-def pack_identity(version: int, kind: int, flags: int, channel: int, sequence: int, payload: bytes) -> bytes:
-    """The part of a header that says what the frame is (24 bytes)."""
-    return _IDENTITY.pack(version, kind, flags, channel, len(payload), sequence, crc32(payload))
+def pack_identity(
+    version: int,
+    kind: int,
+    flags: int,
+    channel: int,
+    sequence: int,
+    payload: bytes,
+    payload_crc: int | None = None,
+) -> bytes:
+    """The part of a header that says what the frame is (24 bytes). `payload_crc`: its CRC, if it is known."""
+    crc = crc32(payload) if payload_crc is None else payload_crc
+    return _IDENTITY.pack(version, kind, flags, channel, len(payload), sequence, crc)
 
 
 def pack_header(identity: bytes, epoch: int, ack: int, ack_check: int, tick: int) -> bytes:
@@ -155,15 +165,18 @@ class FrameDecoder:
         """Take received bytes; return each frame that is now whole, and each damage, in order."""
         if self.hopeless:
             return [Damage(len(data))] if data else []
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._need:
-                return []
-            data = self._buffer
         source = data if isinstance(data, bytes) else bytes(data)
         items: list[Frame | Damage] = []
-        used = self._parse(source, items)
-        self._buffer = bytearray(source[used:])
+        at = 0
+        while self._buffer:  # complete what waits, and no more: the rest is read where it is
+            missing = self._need - len(self._buffer)
+            self._buffer += source[at : at + missing]
+            at += missing
+            if len(self._buffer) < self._need:
+                return items
+            begun = bytes(self._buffer)
+            self._buffer = bytearray(begun[self._parse(begun, items) :])
+        self._buffer = bytearray(source[self._parse(source, items, at) :])
         return items
 
     @property
@@ -182,13 +195,12 @@ class FrameDecoder:
         self._buffer = bytearray(source[self._parse(source, items, wait=False) :])
         return items
 
-    def _parse(self, source: bytes, items: list[Frame | Damage], *, wait: bool = True) -> int:
-        """Append what `source` holds to `items`; returns how many bytes are done with.
+    def _parse(self, source: bytes, items: list[Frame | Damage], at: int = 0, *, wait: bool = True) -> int:
+        """Append what `source` holds from `at` to `items`; returns the offset of what is not done with.
 
         Without `wait` a header whose payload is not all there is taken for damage.
         """
-        at = 0
-        while True:
+        while at < len(source):
             start = at if source.startswith(MAGIC, at) else self._find_magic(source, at)
             if start > at:
                 _add_damage(items, start - at)
@@ -217,6 +229,8 @@ class FrameDecoder:
                 self._bad_headers = 0
                 items.append(frame)
             at = end
+        self._need = HEADER_BYTES
+        return at
 
     def _payload_bytes(self, source: bytes, at: int, header: tuple[Any, ...]) -> int:
         """The payload length that the header at `at` states, or -1 if it is no header."""
@@ -245,7 +259,8 @@ def _read_frame(source: bytes, at: int, end: int, header: tuple[Any, ...]) -> Fr
     if crc32(payload) != payload_crc:
         return None
     identity = source[at + 4 : at + 4 + IDENTITY_BYTES]
-    return Frame(version, kind, flags, channel, sequence, epoch, ack, ack_check, tick, payload, identity)
+    numbers = sequence, epoch, ack, ack_check, tick
+    return Frame(version, kind, flags, channel, *numbers, payload, payload_crc, identity)
 
 
 def _add_damage(items: list[Frame | Damage], count: int) -> None:

@@ -56,10 +56,12 @@ class Outbox:
         """All frames held, in order."""
         return self._frames
 
-    def add(self, version: int, kind: int, flags: int, channel: int, payload: bytes) -> Sent:
-        """Give a frame its sequence number."""
+    def add(
+        self, version: int, kind: int, flags: int, channel: int, payload: bytes, crc: int | None = None
+    ) -> Sent:
+        """Give a frame its sequence number. `crc`: of its payload, if it is known."""
         self.sent += 1
-        identity = pack_identity(version, kind, flags, channel, self.sent, payload)
+        identity = pack_identity(version, kind, flags, channel, self.sent, payload, crc)
         self.sent_check = crc32(identity, self.sent_check)
         sent = Sent(self.sent, kind, channel, identity, payload, self.sent_check)
         self._frames.append(sent)

@@ -58,7 +58,7 @@ from fence_vmchannel.core.greeting import (
 from fence_vmchannel.core.reliability import Inbox, Outbox, why_numbers_do_not_fit
 from fence_vmchannel.core.session_state import SessionInput, SessionState, next_state
 from fence_vmchannel.core.tally import Refusal, Tally
-from fence_vmchannel.core.timers import ACK_AFTER_BYTES, GreetingPace, Timers
+from fence_vmchannel.core.timers import ACK_AFTER_BYTES, NEVER, GreetingPace, Timers
 from fence_vmchannel.errors import RemoteProtocolError
 
 FEATURES: Final = 0
@@ -121,7 +121,7 @@ class Session:
         self.more_to_send = False  # as of the last `data_to_send`
         self._ack_due = False
         self._unacknowledged_bytes = 0  # received since our last acknowledgement
-        self._timers = Timers()
+        self.timers = Timers()
         self._pace = GreetingPace()
 
     def set_limits(self, limits: Limits) -> None:
@@ -137,7 +137,7 @@ class Session:
         self._pace = GreetingPace()
         self._move(SessionInput.LINK_UP)
         self._nonce = 0
-        self._timers.heard(now)
+        self.timers.heard(now)
         self._greet(now)
 
     def link_down(self, now: float) -> None:
@@ -147,7 +147,7 @@ class Session:
         self._move(SessionInput.LINK_DOWN)
         self._error = b""
         self._leave_epoch()
-        self._timers.stop()
+        self.timers.stop()
         self._tell_unlinked("link down")
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
@@ -156,9 +156,9 @@ class Session:
             return
         items = self._decoder.feed(data)
         if not self._decoder.pending:
-            self._timers.partial_at = None
-        elif items or self._timers.partial_at is None:
-            self._timers.partial_at = now + self._timers.PARTIAL_S
+            self.timers.partial_at = NEVER
+        elif items or self.timers.partial_at == NEVER:
+            self.timers.partial_at = now + self.timers.PARTIAL_S
         self._take(items, now)
 
     def _take(self, items: list[Frame | Damage], now: float) -> None:
@@ -189,18 +189,14 @@ class Session:
         else:
             data, self._error = self._error, b""
         if data:
-            self._timers.sent(now)
+            self.timers.sent(now)
         return data
-
-    def next_deadline(self) -> float | None:
-        """When `handle_time` has something to do."""
-        return self._timers.next()
 
     def handle_time(self, now: float) -> None:
         """Do what is due."""
-        timers = self._timers
+        timers = self.timers
         if timers.due(timers.partial_at, now):
-            timers.partial_at = None
+            timers.partial_at = NEVER
             self._take(self._decoder.abandon(), now)
         if timers.due(timers.silent_at, now):
             timers.heard(now)
@@ -213,10 +209,10 @@ class Session:
             timers.stalled()
             self._anomaly("nothing acknowledged", now)
         if timers.due(timers.ack_at, now):
-            timers.ack_at = None
+            timers.ack_at = NEVER
             self._ack_due = True
         if timers.due(timers.credit_at, now):
-            timers.credit_at = None
+            timers.credit_at = NEVER
             self.channels.release_credit()
         if timers.due(timers.heartbeat_at, now) or timers.due(timers.probe_at, now):
             timers.probed(now)
@@ -244,7 +240,7 @@ class Session:
             raise RemoteProtocolError(f"a frame of version {frame.version}, agreed was {self.version}")
         if self.role is Role.GUEST:
             self.tick = frame.tick
-        self._timers.heard(now)
+        self.timers.heard(now)
         if frame.sequence:
             self._sequenced(frame, now)
         elif frame.type == FrameType.ACK:
@@ -265,8 +261,8 @@ class Session:
         self._unacknowledged_bytes += HEADER_BYTES + len(frame.payload)
         if self._unacknowledged_bytes >= ACK_AFTER_BYTES:
             self._ack_due = True
-        elif self._timers.ack_at is None:
-            self._timers.ack_at = now + self._timers.ACK_DELAY_S
+        elif self.timers.ack_at == NEVER:
+            self.timers.ack_at = now + self.timers.ACK_DELAY_S
         if FIRST_SEQUENCED <= frame.type <= FrameType.CANCEL:
             self.channels.take(frame)
         else:
@@ -285,7 +281,7 @@ class Session:
             return False
         for channel in outbox.acknowledge(frame.ack):
             self.channels.confirm(channel)
-        self._timers.progressed(now, outbox.waiting)
+        self.timers.progressed(now, outbox.waiting)
         return True
 
     def _open_data(self, now: float, max_bytes: int) -> bytes:
@@ -306,17 +302,17 @@ class Session:
             parts.append(pack_header(sent.identity, self._epoch, inbox.received, inbox.check, self.tick))
             parts.append(sent.payload)
             outbox.advance()
-        if self.channels.late and self._timers.credit_at is None:
-            self._timers.credit_at = now + self._timers.CREDIT_DELAY_S
+        if self.channels.late and self.timers.credit_at == NEVER:
+            self.timers.credit_at = now + self.timers.CREDIT_DELAY_S
         if parts:
-            self._timers.transmitted(now)
+            self.timers.transmitted(now)
         elif self._ack_due:
             progress = encode_progress(outbox.transmitted, outbox.check_at(outbox.transmitted) or 0)
             parts.append(self._unsequenced(FrameType.ACK, progress))
         else:
             return b""
         self._ack_due = False
-        self._timers.ack_at = None
+        self.timers.ack_at = NEVER
         self._unacknowledged_bytes = 0
         return b"".join(parts)
 
@@ -368,7 +364,7 @@ class Session:
         self._leave_epoch()
         self._nonce = nonce
         self.tick = frame.tick
-        self._timers.greet_at = now + self._pace.patience()
+        self.timers.greet_at = now + self._pace.patience()
         self._greeting_due = True
 
     def _greeted(self, frame: Frame, now: float) -> None:
@@ -396,8 +392,8 @@ class Session:
             numbers = self._numbers()
         self._hello, self._trouble = hello, trouble
         self._welcome = Welcome(version, not trouble, numbers, self._offer())
-        self._timers.heard(now)
-        self._timers.greet_at = now + self._pace.patience()
+        self.timers.heard(now)
+        self.timers.greet_at = now + self._pace.patience()
         self._greeting_due = True
 
     def _why_not_resume(self, hello: Hello, version: int) -> str:
@@ -482,7 +478,7 @@ class Session:
         self.features = offer.features & FEATURES
         self._unacknowledged_bytes = 0
         self._pace.succeeded()
-        self._timers.opened(now)
+        self.timers.opened(now)
         if not (resumed and self._told_open):
             self._events.append(Opened(resumed, self.peer))
         self._told_open = True
@@ -491,7 +487,7 @@ class Session:
         """Knock or challenge, now or when the pace allows it."""
         at = self._pace.begin(now)
         self._greeting_due = at <= now
-        self._timers.greet_at = now + self._repeat_after() if self._greeting_due else at
+        self.timers.greet_at = now + self._repeat_after() if self._greeting_due else at
 
     def _repeat_after(self) -> float:
         patience = self._pace.patience()
@@ -504,7 +500,7 @@ class Session:
             self._anomaly("greeting not finished", now)
         else:
             self._greeting_due = True
-            self._timers.greet_at = now + self._repeat_after()
+            self.timers.greet_at = now + self._repeat_after()
 
     def _greeting_data(self) -> bytes:
         match self.state:
@@ -580,7 +576,7 @@ class Session:
     def _end_link(self, reason: str, *, ends_session: bool) -> None:
         self._move(SessionInput.REFUSE)
         self._leave_epoch()
-        self._timers.stop()
+        self.timers.stop()
         if ends_session:
             self._new_session(NO_SESSION, VERSIONS[0], reason)
         self._tell_unlinked(reason)
@@ -591,7 +587,7 @@ class Session:
         self._hello = self._welcome = None
         self._greeting_due = False
         self._ack_due = False
-        self._timers.closed()
+        self.timers.closed()
 
     def _tell_unlinked(self, reason: str) -> None:
         if self._told_open:

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
+
+NEVER: Final = math.inf
+"""When a timer that is not armed fires."""
 
 ACK_AFTER_BYTES: Final = 65_536
 """Received bytes after which an acknowledgement goes out at once; a quarter of what may be in flight."""
 
 
 class Timers:
-    """Points in time, seconds on the caller's clock; None: not armed."""
+    """Points in time, seconds on the caller's clock; NEVER: not armed."""
 
     ACK_DELAY_S: Final = 0.02
     """How long an acknowledgement waits for data to travel with."""
@@ -30,25 +34,25 @@ class Timers:
     MAX_STALL_S: Final = 60.0
 
     def __init__(self) -> None:
-        self.greet_at: float | None = None
-        self.ack_at: float | None = None
-        self.credit_at: float | None = None
-        self.heartbeat_at: float | None = None
-        self.silent_at: float | None = None
-        self.partial_at: float | None = None
-        self.probe_at: float | None = None
-        self.stall_at: float | None = None
+        self.greet_at = NEVER
+        self.ack_at = NEVER
+        self.credit_at = NEVER
+        self.heartbeat_at = NEVER
+        self.silent_at = NEVER
+        self.partial_at = NEVER
+        self.probe_at = NEVER
+        self.stall_at = NEVER
         self._stall_s = self.STALL_S
 
     @staticmethod
-    def due(at: float | None, now: float) -> bool:
+    def due(at: float, now: float) -> bool:
         """Whether an armed timer's time has come."""
-        return at is not None and now >= at
+        return now >= at
 
     def next(self) -> float | None:
-        """The earliest timer."""
-        first = self.silent_at
-        others = (
+        """The earliest timer; None: none is armed. Asked after every message, so it is one call."""
+        first = min(
+            self.silent_at,
             self.greet_at,
             self.ack_at,
             self.credit_at,
@@ -57,10 +61,7 @@ class Timers:
             self.probe_at,
             self.stall_at,
         )
-        for at in others:
-            if at is not None and (first is None or at < first):
-                first = at
-        return first
+        return None if first == NEVER else first
 
     def heard(self, now: float) -> None:
         """A frame that counts has come from the peer."""
@@ -68,47 +69,47 @@ class Timers:
 
     def sent(self, now: float) -> None:
         """Something goes out."""
-        if self.heartbeat_at is not None:
+        if self.heartbeat_at != NEVER:
             self.heartbeat_at = now + self.HEARTBEAT_S
 
     def transmitted(self, now: float) -> None:
         """Sequenced frames go out: an acknowledgement is to be expected."""
-        if self.stall_at is None:
+        if self.stall_at == NEVER:
             self.stall_at = now + self._stall_s
             self.probe_at = now + self.PROBE_S
 
     def progressed(self, now: float, waiting: bool) -> None:
         """The peer acknowledged something; `waiting`: there is more to acknowledge."""
         self._stall_s = self.STALL_S
-        self.stall_at = now + self._stall_s if waiting else None
-        self.probe_at = now + self.PROBE_S if waiting else None
+        self.stall_at = now + self._stall_s if waiting else NEVER
+        self.probe_at = now + self.PROBE_S if waiting else NEVER
 
     def stalled(self) -> None:
         """Nothing was acknowledged in time: be more patient next time."""
-        self.stall_at = self.probe_at = None
+        self.stall_at = self.probe_at = NEVER
         self._stall_s = min(self._stall_s * 2, self.MAX_STALL_S)
 
     def probed(self, now: float) -> None:
         """An ACK is about to go out as heartbeat or probe."""
         self.heartbeat_at = now + self.HEARTBEAT_S
-        if self.probe_at is not None:
+        if self.probe_at != NEVER:
             self.probe_at = now + self.PROBE_S
 
     def opened(self, now: float) -> None:
         """The greeting is done."""
-        self.greet_at = None
+        self.greet_at = NEVER
         self.heard(now)
         self.heartbeat_at = now + self.HEARTBEAT_S
 
     def closed(self) -> None:
         """The epoch is over; only greeting and silence count now."""
-        self.greet_at = self.ack_at = self.credit_at = None
-        self.heartbeat_at = self.probe_at = self.stall_at = None
+        self.greet_at = self.ack_at = self.credit_at = NEVER
+        self.heartbeat_at = self.probe_at = self.stall_at = NEVER
 
     def stop(self) -> None:
         """The link is over: nothing is timed."""
         self.closed()
-        self.silent_at = self.partial_at = None
+        self.silent_at = self.partial_at = NEVER
 
 
 class GreetingPace:

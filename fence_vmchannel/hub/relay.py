@@ -87,7 +87,7 @@ class _Leg:
         if (other := self.other) is None:
             return
         try:
-            other.endpoint.connection.send(other.channel, event.data, end=event.end)
+            other.endpoint.connection.send(other.channel, event.data, end=event.end, crc=event.crc)
         except ChannelError as error:  # cannot happen while credit is end to end
             log.error("relay to %s: %s", other.endpoint.peer, quoted(str(error)))
             other.endpoint.close(other.channel, CloseCode.INTERNAL, str(error), abort=True)

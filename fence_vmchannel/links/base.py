@@ -13,8 +13,7 @@ import select
 from typing import Final, Protocol
 
 READ_SIZE: Final = 65_536
-"""Bytes asked for in one read. A port gives at most 4,096 (one buffer of virtio_console) whatever is asked.
-"""
+"""Bytes asked for in one read."""
 
 
 class Link(Protocol):

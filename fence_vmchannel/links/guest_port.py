@@ -16,7 +16,13 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from fence_vmchannel.errors import LinkError, PortBusy, PortNotFound
-from fence_vmchannel.links.base import READ_SIZE, EdgePoll
+from fence_vmchannel.links.base import EdgePoll
+
+BUFFER_SIZE: Final = 4_096
+"""What one read of a port gives at most: one buffer of virtio_console (virtio_console.c, PAGE_SIZE)."""
+
+_BUFFERS: Final = 16
+"""Buffers read in one call of `readv`, which goes on to the next as long as each is full."""
 
 WRITE_SIZE: Final = 32_768
 """What one write of a port takes at most (virtio_console.c, port_fops_write)."""
@@ -37,8 +43,8 @@ class PortDevice(Protocol):
         """Let `changes` tell once when it can be written, as after opening; at once if it can be now."""
         ...
 
-    def read(self, size: int) -> bytes:
-        """os.read."""
+    def read(self) -> bytes:
+        """The next bytes: one buffer of the port, or several."""
         ...
 
     def write(self, data: memoryview) -> int:
@@ -58,6 +64,11 @@ class PortFile:
         self._fd = fd
         self._poll = EdgePoll(fd, watch_writes=True)
         self._open = True
+        self._buffers = memoryview(bytearray(_BUFFERS * BUFFER_SIZE))
+        self._parts = [
+            self._buffers[at : at + BUFFER_SIZE] for at in range(0, len(self._buffers), BUFFER_SIZE)
+        ]
+        self._full = False  # the last buffer was: more of a large write is likely to wait
 
     def fileno(self) -> int:
         """See `PortDevice`."""
@@ -71,9 +82,14 @@ class PortFile:
         """See `PortDevice`."""
         self._poll.watch_writes()
 
-    def read(self, size: int) -> bytes:
+    def read(self) -> bytes:
         """See `PortDevice`."""
-        return os.read(self._fd, size)
+        if self._full:
+            data = bytes(self._buffers[: os.readv(self._fd, self._parts)])
+        else:
+            data = os.read(self._fd, BUFFER_SIZE)
+        self._full = bool(data) and len(data) % BUFFER_SIZE == 0
+        return data
 
     def write(self, data: memoryview) -> int:
         """See `PortDevice`."""
@@ -133,7 +149,7 @@ class GuestPort:
         if not self._readable:
             return b""
         try:
-            data = self._device.read(READ_SIZE)
+            data = self._device.read()
         except (BlockingIOError, InterruptedError):
             self._readable = False
             return b""

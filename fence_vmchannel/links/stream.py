@@ -23,6 +23,9 @@ _ENDED = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 class SocketLink:
     """A connected unix stream socket as a `Link`. Takes the socket over."""
 
+    present: Final = True
+    """A socket's other end is there until `receive` raises."""
+
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)
         self._socket = sock
@@ -36,11 +39,6 @@ class SocketLink:
     def name(self) -> str:
         """For logs."""
         return self._name
-
-    @property
-    def present(self) -> bool:
-        """A socket's other end is there until `receive` raises."""
-        return True
 
     def fileno(self) -> int:
         """See `Link`."""

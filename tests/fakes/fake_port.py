@@ -84,7 +84,7 @@ class ScriptedPort:
             if self._connected and self.room:
                 self._change(select.EPOLLOUT)
 
-    def read(self, size: int) -> bytes:
+    def read(self) -> bytes:
         self.reads += 1
         if self._unplugged:
             raise OSError(errno.ENODEV, "No such device")

@@ -365,7 +365,7 @@ def test_no_channel_that_has_something_to_send_falls_behind_another(sizes: list[
     ring = RoundRobin()
     for number, messages in enumerate(sizes):
         channel = Channel(number, "x", Priority.NORMAL, ChannelState.OPEN)
-        channel.queue.extend((bytes(size), END) for size in messages)
+        channel.queue.extend((bytes(size), END, None) for size in messages)
         ring.add(channel)
     members = list(ring)
     while (served := ring.next()) is not None:

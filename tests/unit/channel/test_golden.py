@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from typing import get_args
+from zlib import crc32
 
 import pytest
 
@@ -114,5 +115,5 @@ def test_a_host_of_today_serves_a_guest_of_version_1() -> None:
 def test_a_guest_of_today_is_welcomed_by_a_host_of_version_1() -> None:
     connection, events = replay(Role.GUEST, 2)
     assert isinstance(events[0], Opened)
-    assert Data(1, b"an answer", True, 73) in events
+    assert Data(1, b"an answer", True, 73, crc32(b"an answer")) in events
     assert connection.regreetings == 0
