@@ -190,11 +190,15 @@ async def test_a_killed_hub_is_a_session_reset_for_both_applications_and_then_se
     tmp_path: Path,
 ) -> None:
     ends: list[CloseCode | None] = []
+    asked = asyncio.Event()
 
     async def wait(channel: Channel) -> None:
         await channel.accept()
-        await channel.wait_closed()
-        ends.append(channel.close_code)
+        try:
+            while await channel.receive() is not None:
+                asked.set()
+        finally:
+            ends.append(channel.close_code)
 
     async with (
         restarting_pair(tmp_path) as pair,
@@ -204,9 +208,10 @@ async def test_a_killed_hub_is_a_session_reset_for_both_applications_and_then_se
     ):
         for hub in (pair.guest, pair.host):
             ends.clear()
+            asked.clear()
             channel = await guest.open(SERVICE, timeout_s=10)
             waiting = asyncio.create_task(guest.request(SERVICE, b"?", timeout_s=30))
-            assert await eventually(lambda: pair.host.hub.status().peers[0].channels == 2)
+            await asked.wait()
             await hub.forget()
             await channel.wait_closed()
             assert channel.close_code is CloseCode.SESSION_RESET
