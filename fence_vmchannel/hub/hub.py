@@ -375,14 +375,16 @@ class Hub:
             each.endpoint.drop_link("the hub restarts")
         # Again, for what was opened meanwhile.
         resume.end_own_channels((each.endpoint for each in live), self._service.offers)
-        saved = resume.save(live, self._service.offers, boot_id=self._identity.boot_id, now=self._clock())
         try:
+            saved = resume.save(live, self._service.offers, boot_id=self._identity.boot_id, now=self._clock())
             sessions.put(pack(within(saved)))
+            log.info("%d sessions are left to the next process", len(saved.endpoints))
         except OSError as error:
             log.error("sessions are lost: %s cannot be written: %s", sessions.path, error.strerror)
-        else:
-            log.info("%d sessions are left to the next process", len(saved.endpoints))
-        sessions.close()
+        except Exception:
+            log.exception("sessions are lost: internal error")
+        finally:
+            sessions.close()
 
 
 async def _drain(endpoints: Iterable[Endpoint]) -> None:

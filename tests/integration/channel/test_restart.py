@@ -321,6 +321,19 @@ async def test_a_session_that_was_left_out_ends_what_hung_on_it_and_nothing_else
         assert again.close_code is None
 
 
+async def test_sessions_that_cannot_be_written_are_lost_with_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with restarting_pair(tmp_path) as pair, client_of(pair.guest) as guest:
+        blocked = pair.guest.sessions.with_suffix(".sessions.new")
+        blocked.mkdir()
+        await pair.guest.stop()
+        assert "sessions are lost" in caplog.text
+        blocked.rmdir()
+        await pair.guest.start()
+        assert (await guest.status()).software == "test guest"
+
+
 async def test_saved_sessions_are_gone_before_they_are_used(tmp_path: Path) -> None:
     async with restarting_pair(tmp_path) as pair:
         await pair.guest.stop()
