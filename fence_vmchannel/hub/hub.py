@@ -151,7 +151,9 @@ class Hub:
             await _drain(client for server in servers for client in server.clients)
         for server in servers:
             server.close()
-        if sessions is None:
+        if sessions is not None:
+            sessions.close()  # last: now the next process may have everything
+        else:
             await _drain(peer.endpoint for peer in self._peers)  # the ends of the clients' channels
         for peer in self._peers:
             self.detach(peer.info)
@@ -383,8 +385,6 @@ class Hub:
             log.error("sessions are lost: %s cannot be written: %s", sessions.path, error.strerror)
         except Exception:
             log.exception("sessions are lost: internal error")
-        finally:
-            sessions.close()
 
 
 async def _drain(endpoints: Iterable[Endpoint]) -> None:
