@@ -222,7 +222,7 @@ class Client:
         """Connect again and wait for the greeting; the session goes on or is reset there."""
         try:
             async with asyncio.timeout_at(self._back_by):
-                while self._greeted_at is None:
+                while self._greeted_at is None and not self._gone:
                     await asyncio.sleep(_RETRY_S)
                     with contextlib.suppress(HubUnreachable):
                         self._use(await self._link())

@@ -165,7 +165,9 @@ class Hub:
             await _drain(client for server in servers for client in server.clients)
         for server in servers:
             server.close()
-        if sessions is None:
+        if sessions is not None:
+            sessions.close()  # last: now the next process may have everything
+        else:
             await _drain(peer.endpoint for peer in self._peers)  # the ends of the clients' channels
         for peer in self._peers:
             self.detach(peer.info)
@@ -423,14 +425,14 @@ class Hub:
             each.endpoint.drop_link("the hub restarts")
         # Again, for what was opened meanwhile.
         resume.end_own_channels((each.endpoint for each in live), self._service.offers)
-        saved = resume.save(live, self._service.offers, boot_id=self._identity.boot_id, now=self._clock())
         try:
+            saved = resume.save(live, self._service.offers, boot_id=self._identity.boot_id, now=self._clock())
             sessions.put(pack(within(saved)))
+            log.info("%d sessions are left to the next process", len(saved.endpoints))
         except OSError as error:
             log.error("sessions are lost: %s cannot be written: %s", sessions.path, error.strerror)
-        else:
-            log.info("%d sessions are left to the next process", len(saved.endpoints))
-        sessions.close()
+        except Exception:
+            log.exception("sessions are lost: internal error")
 
 
 async def _drain(endpoints: Iterable[Endpoint]) -> None:

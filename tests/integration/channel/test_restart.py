@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from fence_vmchannel.client import Client
 from fence_vmchannel.core.events import Limits
 from fence_vmchannel.errors import ChannelClosed, CloseCode, SessionReset
 from fence_vmchannel.hub.events import PeerConnected
+from fence_vmchannel.hub.hub import boot_clock
+from fence_vmchannel.hub.saved_hub import pack, unpack
 from tests.fakes.hub_pair import VM, eventually, next_event
 from tests.fakes.restarting_hubs import RestartingHub, RestartingPair, restarting_pair
 
@@ -187,11 +190,15 @@ async def test_a_killed_hub_is_a_session_reset_for_both_applications_and_then_se
     tmp_path: Path,
 ) -> None:
     ends: list[CloseCode | None] = []
+    asked = asyncio.Event()
 
     async def wait(channel: Channel) -> None:
         await channel.accept()
-        await channel.wait_closed()
-        ends.append(channel.close_code)
+        try:
+            while await channel.receive() is not None:
+                asked.set()
+        finally:
+            ends.append(channel.close_code)
 
     async with (
         restarting_pair(tmp_path) as pair,
@@ -201,9 +208,10 @@ async def test_a_killed_hub_is_a_session_reset_for_both_applications_and_then_se
     ):
         for hub in (pair.guest, pair.host):
             ends.clear()
+            asked.clear()
             channel = await guest.open(SERVICE, timeout_s=10)
             waiting = asyncio.create_task(guest.request(SERVICE, b"?", timeout_s=30))
-            assert await eventually(lambda: pair.host.hub.status().peers[0].channels == 2)
+            await asked.wait()
             await hub.forget()
             await channel.wait_closed()
             assert channel.close_code is CloseCode.SESSION_RESET
@@ -281,6 +289,48 @@ async def test_sessions_that_cannot_be_trusted_are_reset_with_a_line_in_the_log(
         assert isinstance(event, PeerConnected)
         assert not event.resumed
         assert "saved sessions are not resumed" in caplog.text
+        assert (await guest.status()).software == "test guest"
+
+
+async def test_a_session_that_was_left_out_ends_what_hung_on_it_and_nothing_else(tmp_path: Path) -> None:
+    """The host's application is forgotten: its channels end on the other side too, others go on."""
+
+    async def wait(channel: Channel) -> None:
+        await channel.accept()
+        await channel.wait_closed()
+
+    async with (
+        restarting_pair(tmp_path) as pair,
+        client_of(pair.guest) as guest,
+        client_of(pair.host) as host,
+        host.offer(SERVICE, wait),
+        guest.offer("org.example.guest", wait),
+    ):
+        channel = await guest.open(SERVICE, timeout_s=10)
+        session = pair.host.hub.status().peers[0].session
+        await pair.host.stop()
+        saved = unpack(pair.host.sessions.read_bytes(), boot_id="host-boot", now=boot_clock())
+        kept = tuple(replace(one, session=b"") if one.kind == "local" else one for one in saved.endpoints)
+        pair.host.sessions.write_bytes(pack(replace(saved, endpoints=kept)))
+        await pair.host.start()
+        await channel.wait_closed()
+        assert channel.close_code is CloseCode.SESSION_RESET
+        assert pair.host.hub.status().peers[0].session == session
+        assert await eventually(lambda: bool(pair.host.hub.status().services))  # it offers again
+        again = await guest.open(SERVICE, timeout_s=10)
+        assert again.close_code is None
+
+
+async def test_sessions_that_cannot_be_written_are_lost_with_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with restarting_pair(tmp_path) as pair, client_of(pair.guest) as guest:
+        blocked = pair.guest.sessions.with_suffix(".sessions.new")
+        blocked.mkdir()
+        await pair.guest.stop()
+        assert "sessions are lost" in caplog.text
+        blocked.rmdir()
+        await pair.guest.start()
         assert (await guest.status()).software == "test guest"
 
 
