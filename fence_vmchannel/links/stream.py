@@ -23,11 +23,9 @@ _ENDED = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 class SocketLink:
     """A connected unix stream socket as a `Link`. Takes the socket over."""
 
-    present: Final = True
-    """A socket's other end is there until `receive` raises."""
-
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)
+        self.present = True  # a socket's other end is there until `receive` raises
         self._socket = sock
         self._name = name
         self._poll = EdgePoll(sock.fileno())

@@ -20,7 +20,7 @@ from fence_vmchannel.core.events import PeerIdentity, Role
 from fence_vmchannel.errors import ChannelClosed, CloseCode, LinkError, ServiceRefused, SessionReset
 from fence_vmchannel.hub.events import PeerConnected, PortAdded, PortRemoved, PortUnusable
 from fence_vmchannel.hub.hub import Hub
-from fence_vmchannel.links.base import Link
+from fence_vmchannel.links.base import Link, wait_for
 from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.links.stream import SocketLink
 from fence_vmchannel.peers import HOST_PEER
@@ -230,3 +230,21 @@ class SwitchedOpener:
 
     def __call__(self, path: str, flags: int) -> int:
         return self.opener(path, flags)
+
+
+def test_a_socket_wakes_its_writer_only_when_a_write_had_to_wait() -> None:
+    mine, other = socket.socketpair()
+    link = SocketLink(mine, "mine")
+    assert link.send(memoryview(b"read at once")) == 12
+    other.recv(100)
+    assert not wait_for(link, 0), "that the other end reads is no news"
+    while link.send(memoryview(bytes(65_536))):
+        pass
+    assert not wait_for(link, 0)
+    while not wait_for(link, 0):
+        assert other.recv(65_536)
+    link.refresh()
+    assert link.send(memoryview(b"room again")) == 10
+    assert not wait_for(link, 0)
+    link.close()
+    other.close()

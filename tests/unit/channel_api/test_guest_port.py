@@ -105,3 +105,15 @@ def test_reading_from_an_unplugged_port_ends_its_link(device: ScriptedPort) -> N
     device.unplug()
     with pytest.raises(LinkError, match="No such device"):
         link.receive()
+
+
+def test_room_in_a_port_is_no_news_unless_a_write_waits(device: ScriptedPort) -> None:
+    link = GuestPort(device, "p")
+    device.connect()
+    link.refresh()
+    device.drain(1000)
+    assert not wait_for(link, 0)
+    assert link.send(memoryview(bytes(1000))) == 1000
+    assert link.send(memoryview(b"x")) == 0
+    device.drain(1000)
+    assert wait_for(link, 0)
