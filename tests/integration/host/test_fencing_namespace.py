@@ -92,7 +92,7 @@ async def test_s1_a_vm_that_ended_meanwhile_is_off_only_where_its_pid_means_some
     with daemon_in_a_namespace(site) as log:
         await served(log)
         vm.stop()
-        await assert_not_claimed(site, vm, "run it in the host's pid namespace")
+        await assert_not_claimed(site, vm, "pid namespace")  # of its monitor, as long as that is remembered
     assert await site.status(vm) == "off"
 
 
