@@ -19,7 +19,7 @@ PARTS: Final[Mapping[str, Callable[[], Iterable[Figure]]]] = MappingProxyType(
         "rig": lambda: (rig.ends(10), rig.boots(3)),
         "fencing": lambda: host_fencing.fencing(1000, 20),
         "growth": lambda: chain.from_iterable(map(scale.rows, scale.growth((10, 100, 1000), 20, 10))),
-        "crowd": lambda: scale.crowded(300),
+        "crowd": lambda: scale.crowded(100),
         "agent": lambda: agent.starts(30),
         "channel": lambda: guest_channel.channels(1000, 5),
     }

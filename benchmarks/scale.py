@@ -31,6 +31,8 @@ RATE: Final = 1000
 """Requests per second, of all askers together."""
 
 FLOODERS: Final = 100
+NOW_AND_THEN: Final = 5
+"""Requests per second of the one VM: under its fair share among those that flood."""
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -109,17 +111,17 @@ async def _crowd(folder: Path, count: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     async with _served(folder, FLOODERS + 2) as (site, peers):
         victim = peers.uuids[1]
-        found["idle"] = await peers.ask(0, "status", victim, count=count)
+        found["idle"] = await peers.ask(0, "status", victim, count=count, rate=NOW_AND_THEN)
         async with (
             fence_vmchannel.connect(str(site.folder / "run" / "host.sock")) as client,
             client.offer(BULK, _take),
         ):
             await peers.flood(0, "bulk", channels=10)
-            found["bulk"] = await peers.ask(0, "status", victim, count=count)
+            found["bulk"] = await peers.ask(0, "status", victim, count=count, rate=NOW_AND_THEN)
             await peers.calm(0)
         await asyncio.gather(*(peers.flood(2 + number, "status") for number in range(FLOODERS)))
         await asyncio.sleep(2)
-        found["flooded"] = await peers.ask(0, "status", victim, count=count)
+        found["flooded"] = await peers.ask(0, "status", victim, count=count, rate=NOW_AND_THEN)
         await asyncio.gather(*(peers.calm(2 + number) for number in range(FLOODERS)))
     return found
 

@@ -45,13 +45,31 @@ class Observer(Protocol):
         ...
 
 
+class Turns(Protocol):
+    """Who gives turns: `hub.turns.FairTurns`."""
+
+    def ready(self, reader: Endpoint) -> None:
+        """It has something to read; call its `take_turn` now or soon."""
+        ...
+
+
 class Endpoint(Shell):
     """One peer: its connection, its present link, and who uses its channels. Belongs to one event loop."""
 
     def __init__(
-        self, peer: PeerInfo, connection: Connection, observer: Observer, *, clock: Callable[[], float]
+        self,
+        peer: PeerInfo,
+        connection: Connection,
+        observer: Observer,
+        *,
+        clock: Callable[[], float],
+        turns: Turns | None = None,
     ) -> None:
+        """`turns` gives it its turns to read, among others; None: whenever there is something to read."""
         super().__init__(peer, connection, clock)
+        self.had = self.took = 0.0
+        self.waits = False
+        self._turns = turns
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._noise = RateLimitedLog(log, clock=clock)
@@ -69,7 +87,7 @@ class Endpoint(Shell):
         self.drop_link("another link took its place")
         self.begin(link)
         self._ended = self._loop.create_future()
-        self._loop.add_reader(link.fileno(), self._run)
+        self._loop.add_reader(link.fileno(), self._wake)
         self._run_soon()
         return self._ended
 
@@ -187,10 +205,21 @@ class Endpoint(Shell):
             for follower in followers:
                 follower._step(follower.flush)
 
+    def _wake(self) -> None:
+        """There is something to read."""
+        if self._turns is None:
+            self._run()
+        else:
+            self._turns.ready(self)
+
+    def take_turn(self) -> None:
+        """For `FairTurns`."""
+        self._run()
+
     def _send(self) -> None:
         self._turn = None
         if self._more:
-            self._run()
+            self._wake()
         else:
             self._step(self.flush)
 

@@ -41,11 +41,14 @@ _NEVER_HELD_BACK: Final = 196_608
 READ_BUDGET: Final = 262_144
 """Bytes read in one turn, so that a peer that floods leaves the loop to the others."""
 
-READ_S: Final = 0.005
-"""After so long no more is read in one turn: as the smallest frames, 256 KiB take 0.1 to 0.3 s (measured)."""
+READ_S: Final = 0.002
+"""After so long no more is handled in one turn: as smallest frames, 256 KiB take 0.1 to 0.3 s (measured)."""
 
 _CHUNK: Final = 65_536
-"""Bytes taken in at once; a port gives no more than 4,096 in one read."""
+"""Bytes taken from the link at once; a port gives no more than 4,096 in one read."""
+
+_LEAST: Final = 4_096
+"""Bytes handled at once, at the least: where the smallest frames come, a millisecond or two."""
 
 
 class ChannelUser(Protocol):
@@ -84,6 +87,9 @@ class Shell:
         self._unsent = memoryview(b"")
         self._refused = ""
         self._broken: LinkError | None = None  # nothing can be written any more; what came before is read
+        self._unread = b""  # read from the link, not handled yet
+        self._end: LinkError | None = None  # how the link has ended, told when all is handled
+        self._slice = _LEAST  # bytes handled at once
         self._handling = False
         self._alarm = 0.0  # when the time is to be looked at, as of the last `next_alarm`
 
@@ -99,6 +105,7 @@ class Shell:
     def begin(self, link: Link) -> None:
         """Talk over `link` from now on; a turn is due."""
         self._link, self._refused, self._broken = link, "", None
+        self._unread, self._end = b"", None
 
     def finish(self, reason: str) -> None:
         """Close the link, if there is one. The session and its channels wait for the next."""
@@ -231,17 +238,39 @@ class Shell:
         if link.present and not self._up:
             self._up = True
             self.connection.link_up(now)
-        more, ended, size = True, None, 0
-        while more and size < READ_BUDGET and (not size or self._clock() - now < READ_S):
-            data, more, ended = self._read(link)
-            size += len(data)
-            if data:
-                self.connection.receive(data, now)
+        more, size, until = True, 0, now + READ_S
+        while size < READ_BUDGET and (not size or self._clock() < until):
+            if not self._unread:
+                if not more or self._end is not None:
+                    break
+                self._unread, more, self._end = self._read(link)
+                if not self._unread:
+                    break
+            size += self._take_in(now)
         self.received_bytes += size
+        if self._unread:
+            return True, None
         if self._up and not link.present:
             self.detail = "the other end of the link is not connected"
             self._lower()
-        return more, ended
+        return more, self._end
+
+    def _take_in(self, now: float) -> int:
+        """Handle the next of what was read; as much as takes about half a turn's time. Returns its size."""
+        data, self._unread = self._unread, b""
+        if len(data) > self._slice:
+            data, self._unread = data[: self._slice], data[self._slice :]
+        if len(data) < _LEAST:
+            self.connection.receive(data, now)
+            return len(data)
+        began = self._clock()
+        self.connection.receive(data, now)
+        took = self._clock() - began
+        if took > READ_S / 2:
+            self._slice = max(_LEAST, self._slice // 4)
+        elif took < READ_S / 8:
+            self._slice = min(_CHUNK, 2 * self._slice)
+        return len(data)
 
     def _read(self, link: Link) -> tuple[bytes, bool, LinkError | None]:
         """What there is, at most about one chunk; whether more may wait; and how the link has ended."""
@@ -282,6 +311,7 @@ class Shell:
 
     def _lower(self) -> None:
         self._unsent = memoryview(b"")  # the session sends again what was not acknowledged
+        self._unread = b""
         if self._up:
             self._up = False
             self.connection.link_down(self._clock())

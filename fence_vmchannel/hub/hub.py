@@ -44,6 +44,7 @@ from fence_vmchannel.hub.saved_hub import pack, unpack, within
 from fence_vmchannel.hub.serving import Handler
 from fence_vmchannel.hub.session_file import SessionFile
 from fence_vmchannel.hub.terms import PeerTerms
+from fence_vmchannel.hub.turns import FairTurns
 from fence_vmchannel.hub.waiting import CLAIM_S, Resumable, Waiting
 from fence_vmchannel.hub.watch import Watch, WatchList
 from fence_vmchannel.links.local import BACKLOG, LocalListener
@@ -112,6 +113,7 @@ class Hub:
         self._random_bytes = random_bytes
         self.refused: Final = Tally()  # by all peers and local applications, since the hub was made
         self._tasks = Supervisor()
+        self._turns = FairTurns(clock)
         self._watches = WatchList(self._snapshot)
         self._peers = PeerTable(default_peer, self._watches.publish)
         self._router = Router(
@@ -249,7 +251,7 @@ class Hub:
                 limits=terms.limits,
                 tally=self.refused,
             )
-            endpoint = Endpoint(peer, connection, observer, clock=self._clock)
+            endpoint = Endpoint(peer, connection, observer, clock=self._clock, turns=self._turns)
         else:
             endpoint.connection.set_limits(terms.limits)
             endpoint.belong(peer, observer)
@@ -371,7 +373,7 @@ class Hub:
             tally=self.refused,
             held_elsewhere=held_elsewhere,
         )
-        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)
+        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock, turns=self._turns)
 
     # --- the process before, and the next one ---
 
@@ -400,7 +402,7 @@ class Hub:
             limits=self._local_limits if local else self._terms.limits,
             tally=self.refused,
         )
-        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock)
+        return Endpoint(peer, connection, LocalObserver(self._router), clock=self._clock, turns=self._turns)
 
     async def _wait_for_others(self) -> None:
         await asyncio.sleep(CLAIM_S)
