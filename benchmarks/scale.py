@@ -13,13 +13,14 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import fence_vmchannel
+from benchmarks.curves import Curve
 from benchmarks.figures import Figure, figure
 from benchmarks.host_fencing import connected
 from benchmarks.peers import BULK, Peers, running_peers
@@ -59,6 +60,19 @@ def rows(size: Size) -> Iterator[Figure]:
     yield figure(f"{vms}: resident memory of the daemon", "MB", [size.rss_mb])
     yield figure(f"{vms}: processor time, idle", "% core", [size.idle_percent])
     yield figure(f"{vms}: status at {RATE:,} requests/s", "ms", size.status_ms)
+
+
+def curves(sizes: Sequence[Size]) -> list[Curve]:
+    """How the daemon grows, with the goals at 1,000 VMs."""
+    return [
+        Curve("resident memory, MB", tuple((one.vms, one.rss_mb) for one in sizes), 150),
+        Curve("idle, % of a core", tuple((one.vms, one.idle_percent) for one in sizes), 2),
+        Curve(
+            f"status at {RATE:,}/s, p99, ms",
+            tuple((one.vms, figure("", "ms", one.status_ms).p99) for one in sizes),
+            20,
+        ),
+    ]
 
 
 def crowded(count: int) -> Iterator[Figure]:

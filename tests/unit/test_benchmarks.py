@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
+import pytest
+
 from benchmarks import core
+from benchmarks.__main__ import PARTS
+from benchmarks.curves import draw
 from benchmarks.figures import figure, machine_line, ratio
+from benchmarks.page import PAGE, with_figures
+from benchmarks.scale import Size, curves
 from fence_vmchannel.core.connection import Data
 
 
@@ -31,3 +39,18 @@ def test_a_ratio_compares_median_with_median_and_p99_with_p99() -> None:
     slow, fast = figure("slow", "us", [10.0, 20.0, 90.0]), figure("fast", "us", [1.0, 2.0, 3.0])
     row = ratio("slow to fast", slow, fast)
     assert (row.unit, row.median, row.p99) == ("x", 10.0, 30.0)
+
+
+def test_each_part_has_its_block_in_the_page() -> None:
+    page = PAGE.read_text()
+    for part in PARTS:
+        assert "    the machine\n" in with_figures(page, part, "the machine", [figure("thing", "ms", [1.0])])
+    with pytest.raises(ValueError, match="no block for nothing"):
+        with_figures(page, "nothing", "", [])
+
+
+def test_growth_is_drawn_as_svg() -> None:
+    sizes = [Size(vms, 40.0 + vms / 10, vms / 100, [1.0, 2.0]) for vms in (10, 100, 1000)]
+    root = ElementTree.fromstring(draw(curves(sizes)))
+    assert len(root.findall(".//{*}polyline")) == 3
+    assert len(root.findall(".//{*}circle")) == 9
