@@ -144,6 +144,8 @@ async def test_monitor_waits_for_a_hub_that_is_still_starting(site: Site, guest:
         hub = await guest.start("vmchannel-guestd")
         try:
             done = await job.wait(90)
+            # The agent may have gone to the port before the hub was up; a signal before that ends it at once.
+            await guest.sh("while [ ! -S /run/vmchannel/guest.sock ]; do sleep 0.1; done", timeout_s=60)
             await site.until_connected(guest.vm)
             again = await agent(guest, "monitor")
         finally:
