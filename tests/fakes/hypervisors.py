@@ -138,7 +138,7 @@ class FakeHypervisor:
         if identity not in self.instances or identity in self.mute:
             raise HypervisorError("no monitor tells what happened to it")
 
-    async def look(self, *, timeout_s: float) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         self.looks += 1
         self._begun("look").set()
         at = self.clock()
@@ -292,7 +292,7 @@ class MixedUpHypervisor(FakeHypervisor):
 class ForgetfulHypervisor(FakeHypervisor):
     """Looks answer from memory: what was seen before they were asked for."""
 
-    async def look(self, *, timeout_s: float) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         self.looks += 1
         self._begun("look").set()
         return Look(HOST, self.clock() - 1.0, (), ())
@@ -301,7 +301,7 @@ class ForgetfulHypervisor(FakeHypervisor):
 class BlindHypervisor(FakeHypervisor):
     """Looks fail."""
 
-    async def look(self, *, timeout_s: float) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         raise HypervisorError("/proc cannot be read")
 
 

@@ -100,8 +100,10 @@ class Instances:
             except JournalError as error:
                 _log.error("instances not recorded, nothing can be proven off until they are: %s", error)
 
-    async def look(self, *, timeout_s: float) -> tuple[float, Look]:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> tuple[float, Look]:
         """Look afresh; return when it was asked for (CLOCK_BOOTTIME, seconds) and what was seen.
+
+        With `vm` only what that VM's instances do is asked anew (`Hypervisor.look`).
 
         Raises:
             HypervisorError: the hypervisor could not look.
@@ -110,7 +112,7 @@ class Instances:
         """
         async with asyncio.timeout(timeout_s):
             asked_at = self._clock()
-            look = await self._hypervisor.look(timeout_s=timeout_s)
+            look = await self._hypervisor.look(timeout_s=timeout_s, vm=vm)
             self._keep(self.registry.apply_look(look))
             await self.save()
         return asked_at, look
@@ -120,7 +122,7 @@ class Instances:
     ) -> LookReport:
         """Look afresh for one VM and add what the records say of it. Raises as `look` does."""
         self.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
-        asked_at, look = await self.look(timeout_s=timeout_s)
+        asked_at, look = await self.look(timeout_s=timeout_s, vm=vm)
         return self.facts(vm, name, asked_at, look, operation=operation, number=number)
 
     def facts(
@@ -201,7 +203,7 @@ class Instances:
         async with self._saving:
             await self._save_all()
             # Nothing is written between here and the call: the journal marks what is marked here.
-            if {end.identity for end in self.registry.ended(vm)} != covered:
+            if frozenset(end.identity for end in self.registry.ended(vm)) != covered:
                 return False
             await self._store.remember_confirmed(vm, by)
         self.registry.confirm_off(vm, by, covered)

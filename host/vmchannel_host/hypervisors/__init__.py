@@ -69,8 +69,12 @@ class Hypervisor(Protocol):
         """
         ...
 
-    async def look(self, *, timeout_s: float) -> Look:
-        """Scan afresh: processes first, then monitors. Never answered from memory."""
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+        """Scan afresh: processes first, then monitors. Never answered from memory.
+
+        With `vm` only that VM's monitors are asked: which instances of others exist is as fresh,
+        but what these do is what was heard of them last.
+        """
         ...
 
     async def off(

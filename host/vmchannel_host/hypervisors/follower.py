@@ -129,6 +129,10 @@ class SocketFollower:
             self._ports_dirty = True
             self._dirty.set()
 
+    def follows(self, vm: VmUuid) -> bool:
+        """Whether its monitor is that of an instance of the VM."""
+        return self._watched is not None and self._watched.identity.vm_uuid == vm
+
     async def refresh(self, *, timeout_s: float) -> None:
         """Ask run state and migration afresh; no answer makes the instance UNKNOWN. Never raises."""
         watched = self._watched

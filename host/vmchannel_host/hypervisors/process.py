@@ -38,6 +38,9 @@ _PIDFD_INFO_EXIT = 1 << 3
 HOST_PID_NAMESPACE = PidNamespace(0xEFFFFFFC)
 """Inode of the namespace that the kernel begins with (PROC_PID_INIT_INO in linux/proc_ns.h)."""
 
+_STAT_BYTES = 4096
+"""More than /proc/PID/stat has: 52 numbers, and a name of at most 64 bytes."""
+
 _OUTSIDE = "outside this daemon's pid namespace: run the daemon in the host's"
 
 MAX_SOCKETS_SEEN = 4096
@@ -402,12 +405,16 @@ class ProcessTable:
             ProcessGone: it has ended.
         """
         try:
-            executable = self._executable(pid)
+            executable = self._program(f"{self.proc}/{pid}")  # of most processes the only thing that is read
         except PermissionError:
             return ""
-        if executable == "" and self._stat(pid).state in "ZX":
-            raise ProcessGone(f"pid {pid} has ended")
-        return executable if executable != "" and self._matches(executable) else None
+        except FileNotFoundError:
+            if self._stat(pid).state not in "ZX":
+                return None  # a kernel thread
+            executable = self._executable(pid)
+            if executable == "":
+                raise ProcessGone(f"pid {pid} has ended") from None
+        return executable if self._matches(executable) else None
 
     def _pids(self) -> frozenset[int]:
         try:
@@ -453,10 +460,13 @@ class ProcessTable:
         """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""
         for directory in self._sources(pid):
             try:
-                return os.readlink(directory / "exe").removesuffix(_DELETED)
+                return self._program(f"{directory}")
             except FileNotFoundError:
                 continue
         return ""
+
+    def _program(self, directory: str) -> str:
+        return os.readlink(f"{directory}/exe").removesuffix(_DELETED)
 
     def _command_line(self, pid: int) -> bytes:
         for attempt in range(4):
@@ -478,7 +488,12 @@ class ProcessTable:
                 yield tasks / task
 
     def _stat(self, pid: int) -> Stat:
-        return parse_stat((self.proc / str(pid) / "stat").read_text("utf-8", "replace"))
+        descriptor = os.open(f"{self.proc}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(descriptor, _STAT_BYTES)
+        finally:
+            os.close(descriptor)
+        return parse_stat(text.decode("utf-8", "replace"))
 
     def _matches(self, executable: str) -> bool:
         name = os.path.basename(executable)

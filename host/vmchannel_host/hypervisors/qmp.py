@@ -139,8 +139,8 @@ class QmpHypervisor:
             raise HypervisorError(f"{identity}: no monitor tells what happened to it")
         await read_run_state(watched.monitor, timeout_s=timeout_s)
 
-    async def look(self, *, timeout_s: float) -> Look:
-        """Scan afresh. A VM of which nothing can be said is in `silent`.
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+        """See `Hypervisor.look`. A VM of which nothing can be said is in `silent`.
 
         Raises:
             HypervisorError: /proc could not be read in time: the look proves nothing.
@@ -149,7 +149,7 @@ class QmpHypervisor:
         deadline = asyncio.get_running_loop().time() + timeout_s
         scan = await self._find_all(timeout_s)
         unknown = await self._judge_unknown(scan)
-        await self._ask_all(deadline)
+        await self._ask(vm, deadline)
         if self._stopped:  # what was watched is forgotten: nothing found would mean nothing
             raise HypervisorError("the hypervisor is not watched any more: the daemon stops")
         live = [watched for watched in self._table.all() if not watched.process.ended()]
@@ -373,8 +373,8 @@ class QmpHypervisor:
             log.warning("conflict: %s", problem[:500])
         self._last_problems = found
 
-    async def _ask_all(self, deadline: float) -> None:
-        """Ask every monitor afresh, all at the same time; mute ones together cost `ask_s`."""
+    async def _ask(self, vm: VmUuid | None, deadline: float) -> None:
+        """Ask the VM's monitors (None: all) afresh, all at the same time; mute ones together cost `ask_s`."""
         loop = asyncio.get_running_loop()
         followers = [follower for follower, _ in self._followers.values()]
         until = min(deadline, loop.time() + self._settings.ask_s)
@@ -387,7 +387,7 @@ class QmpHypervisor:
         timeout_s = min(self._settings.ask_s, max(deadline - loop.time(), 0.05))
         async with asyncio.TaskGroup() as tasks:
             for follower in followers:
-                if follower.connected:
+                if follower.connected and (vm is None or follower.follows(vm)):
                     tasks.create_task(follower.refresh(timeout_s=timeout_s), name=f"refresh {follower.path}")
 
     def _monitor_conflicts(self) -> list[Conflict]:

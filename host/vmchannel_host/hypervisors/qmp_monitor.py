@@ -45,7 +45,7 @@ MAX_MESSAGE_BYTES = 128 * 1024
 READ_BYTES = 16 * 1024
 """Taken from a monitor at a time, in bytes; then the other tasks have their turn."""
 
-MAX_UNANSWERED = 8
+MAX_UNANSWERED = 32
 """Commands that a mute monitor may owe us before further ones are refused at once."""
 
 EventHandler = Callable[[str, Mapping[str, object]], None]
@@ -215,8 +215,11 @@ async def watch_migration(monitor: Monitor, *, timeout_s: float) -> None:
 
 async def read_run_state(monitor: Monitor, *, timeout_s: float) -> tuple[RunState, Migration]:
     """Ask for run state and migration, the status last: it is the newer word on `running`."""
-    migrate = await monitor.execute("query-migrate", timeout_s=timeout_s)
-    run_state = parse_run_state(await monitor.execute("query-status", timeout_s=timeout_s))
+    migrate, status = await asyncio.gather(  # sent at once; QEMU carries them out in this order
+        monitor.execute("query-migrate", timeout_s=timeout_s),
+        monitor.execute("query-status", timeout_s=timeout_s),
+    )
+    run_state = parse_run_state(status)
     return run_state, parse_migration(migrate, run_state)
 
 
@@ -225,7 +228,7 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     name = parse_name(await monitor.execute("query-name", timeout_s=timeout_s))
     devices = await _devices(monitor, timeout_s)
     ports, silent = await _ports(monitor, devices, directory, timeout_s)
-    resettable = await _is_resettable(monitor, devices, timeout_s)
+    resettable = _is_resettable(devices, await _network(monitor, timeout_s))
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
     return MonitorFacts(name, run_state, migration, ports, resettable, silent, monitor.version)
 
@@ -237,21 +240,18 @@ async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -
 
 async def read_resettable(monitor: Monitor, *, timeout_s: float) -> bool:
     """Ask whether `system_reset` may prove a reboot: no device keeps state that it does not reach (S8)."""
-    return await _is_resettable(monitor, await _devices(monitor, timeout_s), timeout_s)
+    return _is_resettable(*await asyncio.gather(_devices(monitor, timeout_s), _network(monitor, timeout_s)))
 
 
-async def _is_resettable(monitor: Monitor, devices: tuple[Device, ...], timeout_s: float) -> bool:
-    network = await _network(monitor, timeout_s)
+def _is_resettable(devices: tuple[Device, ...], network: object) -> bool:
     return not network_has_passthrough(network) and not any(device.is_passthrough for device in devices)
 
 
 async def _devices(monitor: Monitor, timeout_s: float) -> tuple[Device, ...]:
-    found: tuple[Device, ...] = ()
-    for parent in (NAMED, UNNAMED):
-        found += parse_devices(
-            parent, await monitor.execute("qom-list", {"path": parent}, timeout_s=timeout_s)
-        )
-    return found
+    named, unnamed = await asyncio.gather(
+        *(monitor.execute("qom-list", {"path": parent}, timeout_s=timeout_s) for parent in (NAMED, UNNAMED))
+    )
+    return parse_devices(NAMED, named) + parse_devices(UNNAMED, unnamed)
 
 
 async def _network(monitor: Monitor, timeout_s: float) -> object:

@@ -201,8 +201,8 @@ class Host:
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def look(self, *, timeout_s: float = 10.0) -> Look:
-        return await self.hypervisor.look(timeout_s=timeout_s)
+    async def look(self, *, timeout_s: float = 10.0, vm: VmUuid | None = None) -> Look:
+        return await self.hypervisor.look(timeout_s=timeout_s, vm=vm)
 
     async def off(
         self,

@@ -128,6 +128,16 @@ async def test_the_event_counts_on_either_side_of_the_reply(rig: Rig, before: bo
         assert (await reset(watched)).identity == watched.identity
 
 
+async def test_the_state_is_the_last_thing_asked_before_and_after_the_reset(rig: Rig) -> None:
+    """The commands of a question are sent at once: they must be carried out in their order all the same."""
+    reply = with_events(("RESET", OURS), before=False)
+    async with scripted(rig.directory, system_reset=reply) as (watched, server):
+        await reset(watched)
+        state = ["query-migrate", "query-status"]
+        assert server.received[-5:] == [*state, "system_reset", *state]
+        assert sorted(server.received[-8:-5]) == ["human-monitor-command", "qom-list", "qom-list"]
+
+
 async def test_an_event_that_came_before_the_command_does_not_count(rig: Rig) -> None:
     async with scripted(rig.directory, system_reset=answer({})) as (watched, server):
         server.replies["query-status"] = with_stale_event(server.replies["query-status"])

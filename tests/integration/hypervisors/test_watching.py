@@ -137,6 +137,20 @@ async def test_a_stopped_process_becomes_unknown_in_a_look_and_returns_when_it_g
         await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)
 
 
+async def test_a_look_for_one_vm_sees_all_processes_and_asks_its_monitors_only(rig: Rig) -> None:
+    qemu, other = rig.qemu(), rig.qemu("-S")
+    async with watching(rig.directory) as host:
+        for one in (qemu, other):
+            await host.until(one, lambda i: i.run_state is not RunState.UNKNOWN)
+        other.stop()
+        look = await host.look(vm=qemu.vm_uuid)
+        assert of(look, qemu)[0].run_state is RunState.RUNNING
+        assert of(look, other)[0].run_state is RunState.PRELAUNCH  # as it was heard last
+        look = await host.look(vm=other.vm_uuid)
+        assert of(look, other)[0].run_state is RunState.UNKNOWN
+        other.resume()
+
+
 async def test_a_qemu_that_is_killed_is_reported_with_proof(rig: Rig) -> None:
     qemu = rig.qemu()
     async with watching(rig.directory) as host:

@@ -23,9 +23,9 @@ class ForkingTable(ProcessTable):
         self._before = before
         self.listings = 0
 
-    def _executable(self, pid: int) -> str:
+    def _executable_or_denied(self, pid: int) -> str | None:
         self._before.pop(pid, lambda: None)()
-        return super()._executable(pid)
+        return super()._executable_or_denied(pid)
 
     def _pids(self) -> frozenset[int]:
         self.listings += 1
