@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from fence_vmchannel.messages import FENCE_SERVICE
+from fence_vmchannel.records import Record, field
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Record):
     """Who connected to a local socket, by SO_PEERCRED and SO_PEERGROUPS: never by a message."""
 
     pid: int
@@ -23,8 +22,7 @@ class Credentials:
         return f"uid {self.uid}, pid {self.pid}"
 
 
-@dataclass(frozen=True, slots=True)
-class AccessRule:
+class AccessRule(Record):
     """Who may do something. Root always may; `anybody` lets all others in as well."""
 
     anybody: bool = False
@@ -46,8 +44,7 @@ def _nothing() -> Mapping[str, AccessRule]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class AccessRules:
+class AccessRules(Record):
     """The rules of one hub, by service name; a name that no rule names gets the default.
 
     Names under `org.vmchannel.` are this product's own: offering one needs root unless a rule says otherwise,

@@ -10,10 +10,10 @@ from its right end.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 from fence_vmchannel.errors import LocalProtocolError
+from fence_vmchannel.records import Record
 
 HUB_SERVICE: Final = ".hub"
 """The hub's own service: status, watch, offer. For local applications only."""
@@ -29,8 +29,7 @@ _SERVICE = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _MAX_SERVICE = 255
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Record):
     """Where a channel shall go; "" stands for the hub's default."""
 
     service: str

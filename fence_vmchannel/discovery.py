@@ -12,11 +12,11 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from fence_vmchannel.errors import LinkError, PortBusy, PortNotFound
 from fence_vmchannel.links.guest_port import GuestPort, open_node
+from fence_vmchannel.records import Record
 
 SYSFS_PORTS: Final = "/sys/class/virtio-ports"
 _NETLINK_KOBJECT_UEVENT: Final = 15
@@ -24,8 +24,7 @@ _KERNEL_GROUP: Final = 1
 _MAX_NAME_BYTES = 4096  # a sysfs attribute is one page
 
 
-@dataclass(frozen=True, slots=True)
-class PortPaths:
+class PortPaths(Record):
     """Where the system shows its ports and how a node is opened; tests give their own."""
 
     sysfs: str = SYSFS_PORTS
@@ -37,16 +36,14 @@ class PortPaths:
 SYSTEM_PATHS: Final = PortPaths()
 
 
-@dataclass(frozen=True, slots=True)
-class FoundPort:
+class FoundPort(Record):
     """A port of this machine."""
 
     name: str  # untrusted text, never empty
     node: str  # path of its device node
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(Record):
     """A process that has a port open."""
 
     pid: int
@@ -56,8 +53,7 @@ class Holder:
         return f"pid {self.pid} ({self.command})"
 
 
-@dataclass(frozen=True, slots=True)
-class Uevent:
+class Uevent(Record):
     """One message of the kernel about a device."""
 
     action: str  # add, change, remove, ...

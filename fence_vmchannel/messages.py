@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The messages that guest and host share: the fence service and the announcement of a node's name.
 
-Each is a frozen dataclass; `encode_message` puts its kind in front, `decode_message` gives it back.
+Each is a `Record` (a frozen dataclass to its users); `encode_message` puts its kind in front,
+`decode_message` gives it back.
 Specified in `docs/protocol.md`, section "Messages".
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, assert_never
 
 from fence_vmchannel.errors import RemoteProtocolError
-from fence_vmchannel.tlv import decode, encode, tagged
+from fence_vmchannel.records import Record, tagged
+from fence_vmchannel.tlv import decode, encode
 
 FENCE_SERVICE: Final = "org.vmchannel.fence"
 """The host's fence service. Its ACCEPT carries a `FenceGreeting`."""
@@ -70,8 +71,7 @@ class FenceCode(IntEnum):
     VOID = 13  # the requester is itself the target of an earlier operation (S12)
 
 
-@dataclass(frozen=True, slots=True)
-class FenceGreeting:
+class FenceGreeting(Record):
     """What the host says when the fence service accepts a channel; deadlines are stated against its tick."""
 
     host: str = tagged(1)
@@ -81,8 +81,7 @@ class FenceGreeting:
     vm_name: str = tagged(5)
 
 
-@dataclass(frozen=True, slots=True)
-class FenceRequest:
+class FenceRequest(Record):
     """Ask the host to change, or tell, the power state of a VM.
 
     The same `request_id` never acts twice (S5). The host acts on it until `within_ms` after `tick_ms` (S6).
@@ -104,8 +103,7 @@ class FenceRequest:
             raise ValueError(f"within_ms is {self.within_ms}, not 1 to 3,600,000")
 
 
-@dataclass(frozen=True, slots=True)
-class FenceTarget:
+class FenceTarget(Record):
     """One line of a LIST answer."""
 
     plug: str = tagged(1)  # the VM's name
@@ -114,8 +112,7 @@ class FenceTarget:
     aliases: tuple[str, ...] = tagged(4, default=())  # announced node names and configured aliases
 
 
-@dataclass(frozen=True, slots=True)
-class FenceProgress:
+class FenceProgress(Record):
     """Something happened in a running operation; for people, no claim."""
 
     request_id: bytes = tagged(1)
@@ -124,8 +121,7 @@ class FenceProgress:
     elapsed_ms: int = tagged(4)
 
 
-@dataclass(frozen=True, slots=True)
-class FenceAnswer:
+class FenceAnswer(Record):
     """The one answer to a request. Only `ok` with `state` is a claim about the VM."""
 
     request_id: bytes = tagged(1)
@@ -143,15 +139,13 @@ class FenceAnswer:
     elapsed_ms: int = tagged(13, default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class FenceCancel:
+class FenceCancel(Record):
     """The client stops waiting. An intent goes on (S5); a request that is no intent yet is dropped."""
 
     request_id: bytes = tagged(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(Record):
     """The guest's cluster node name, recorded under its VM's UUID (DESIGN section 4, Aliases)."""
 
     node_name: str = tagged(1)
@@ -164,8 +158,7 @@ class Announce:
             raise ValueError(f"source has {len(self.source)} characters, at most {MAX_SOURCE} are allowed")
 
 
-@dataclass(frozen=True, slots=True)
-class AnnounceAnswer:
+class AnnounceAnswer(Record):
     """Whether the name is recorded; a name that another VM holds is refused."""
 
     accepted: bool = tagged(1)

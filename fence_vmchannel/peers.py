@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 
 from fence_vmchannel.access import Credentials
+from fence_vmchannel.records import Record, field
 
 
 class PeerKind(Enum):
@@ -21,8 +21,7 @@ HOST_PEER = "host"
 """The name of a guest's one peer."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerInfo:
+class PeerInfo(Record):
     """One peer of a hub. (name, port, key) tells it from all others."""
 
     name: str  # "host", the VM's name, or "local:PID"

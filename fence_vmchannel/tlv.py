@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Typed messages as tag-length-value bytes: parse once at the edge, into frozen dataclasses.
+"""Typed messages as tag-length-value bytes: parse once at the edge, into records.
 
-A message class is a frozen dataclass whose fields carry a tag (`tagged`). On the wire a field is a 16-bit
+A message class is a `Record` whose fields carry a tag (`tagged`). On the wire a field is a 16-bit
 tag, a 32-bit length (both big-endian) and the value; unknown tags are skipped, so that fields can be added; a
 field without a default must be there. Nothing recurses deeper than the classes do, and no length is believed
 before it is checked against what is there. `docs/protocol.md`, section "Messages", is the specification.
@@ -12,21 +12,16 @@ from __future__ import annotations
 import struct
 import types
 import typing
-from dataclasses import MISSING, Field, field, fields
 from enum import IntEnum
 from functools import cache
 from typing import Any, TypeVar
 
 from fence_vmchannel.errors import RemoteProtocolError
+from fence_vmchannel.records import Field, record_fields
 
 _HEAD = struct.Struct(">HI")
 _INTEGER = struct.Struct(">q")
 _T = TypeVar("_T")
-
-
-def tagged(tag: int, **keywords: Any) -> Any:
-    """A dataclass field with a wire tag (1 to 65,535); `keywords` as for `dataclasses.field`."""
-    return field(metadata={"tag": tag}, **keywords)
 
 
 def encode(message: object) -> bytes:
@@ -66,7 +61,7 @@ def decode(cls: type[_T], data: bytes) -> _T:
     for _tag, name, _kind, many, spec in _layout(cls):
         if many:
             values[name] = tuple(values.get(name, ()))
-        elif name not in values and spec.default is MISSING and spec.default_factory is MISSING:
+        elif name not in values and spec.required:
             raise RemoteProtocolError(f"{cls.__name__}.{name} is missing")
     try:
         return cls(**values)
@@ -74,22 +69,22 @@ def decode(cls: type[_T], data: bytes) -> _T:
         raise RemoteProtocolError(f"{cls.__name__}: {error}") from error
 
 
-def _layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field[Any]], ...]:
+def _layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field], ...]:
     return _read_layout(cls)
 
 
 @cache
-def _read_layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field[Any]], ...]:
+def _read_layout(cls: type) -> tuple[tuple[int, str, Any, bool, Field], ...]:
     hints = typing.get_type_hints(cls)
-    rows: list[tuple[int, str, Any, bool, Field[Any]]] = []
-    for spec in fields(cls):
-        kind = hints[spec.name]
+    rows: list[tuple[int, str, Any, bool, Field]] = []
+    for name, spec in record_fields(cls).items():
+        kind = hints[name]
         many = typing.get_origin(kind) is tuple
         if many:
             kind = typing.get_args(kind)[0]
         if isinstance(kind, types.UnionType):  # `X | None`
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        rows.append((spec.metadata["tag"], spec.name, kind, many, spec))
+        rows.append((spec.tag, name, kind, many, spec))
     return tuple(rows)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
@@ -20,6 +19,7 @@ from fence_vmchannel.messages import (
     FenceTarget,
     PowerState,
 )
+from fence_vmchannel.records import Record
 from vmchannel_agents.library import Outlets
 from vmchannel_agents.outcome import AgentError
 from vmchannel_guest.fencing import PATIENCE_S, FencingClient, FencingError, Reach, succeeded
@@ -30,8 +30,7 @@ log = logging.getLogger("vmchannel_agents")
 _ACTIONS: Final = {"off": FenceAction.OFF, "on": FenceAction.ON, "reboot": FenceAction.REBOOT}
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(Record):
     """The host has done it, with proof."""
 
     reason: str

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a `Connection` tells its shell: one immutable class for each thing that can happen.
 
-`Data` and `Granted` are named tuples, made in a third of a frozen dataclass's time: they come with each
-message.
+`Data` and `Granted` are named tuples, made in much less time than a record: they come with each message.
 
 Offsets and windows are in cost units: each DATA frame costs its bytes plus `FRAME_COST`, so that a flood of
 empty messages is bounded like any other. Whoever consumes `Data` adds up `Data.cost` and passes the sum to
@@ -13,11 +12,11 @@ forwarded fragment costs the same on each hop.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from fence_vmchannel.errors import CloseCode
+from fence_vmchannel.records import Record, field
 
 
 class Role(Enum):
@@ -35,8 +34,7 @@ class Priority(IntEnum):
     NORMAL = 2  # shares what is left, deficit round robin
 
 
-@dataclass(frozen=True, slots=True)
-class PeerIdentity:
+class PeerIdentity(Record):
     """What one side says of itself in the greeting. Untrusted words: for logs and comparing, not for
     rights."""
 
@@ -46,8 +44,7 @@ class PeerIdentity:
     software: str = ""  # name and version, for logs; at most 200 characters are kept
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Record):
     """Bounds of one connection. What they refuse is one channel or one link, never another connection."""
 
     channels: int = 1024  # open at once, both sides together; a further OPEN is refused with LIMIT
@@ -62,24 +59,21 @@ class Limits:
     """As `max_window_bytes`, for the channels to one target; the smaller of the two holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Record):
     """The greeting is done: frames flow. Also after `Unlinked`, when the session goes on over a new link."""
 
     resumed: bool  # False: a new session begins; channels of the one before were told by `Reset`
     peer: PeerIdentity
 
 
-@dataclass(frozen=True, slots=True)
-class Unlinked:
+class Unlinked(Record):
     """The peer cannot be reached now (link down, or silent); the session and its channels wait. Follows each
     `Opened` at most once, and comes before the next one unless a `Reset` does."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reset:
+class Reset(Record):
     """The session ended. All its channels are gone, without `Closed`.
 
     Channels whose OPEN was never sent are not part of it: they survive and open in the next session.
@@ -91,16 +85,14 @@ class Reset:
     those that we have closed, as long as the peer's hub has not acknowledged the CLOSE."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRefused:
+class LinkRefused(Record):
     """The peer on this link cannot be talked to (no common version, garbage, protocol broken). The shell
     sends what `data_to_send` still gives (the ERROR frame), closes the link and calls `link_down`."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelOpened:
+class ChannelOpened(Record):
     """The peer opened a channel: `accept` it, or `close` it with a code to refuse."""
 
     channel: int
@@ -110,8 +102,7 @@ class ChannelOpened:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelAccepted:
+class ChannelAccepted(Record):
     """The peer accepted a channel that we opened; data may flow. A refusal is `Closed` without this."""
 
     channel: int
@@ -137,8 +128,7 @@ class Granted(NamedTuple):
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class Closed:
+class Closed(Record):
     """The peer closed, refused or aborted the channel; it is gone. Nothing may be called on it any more."""
 
     channel: int

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 from zlib import crc32
+
+from fence_vmchannel.records import Record
 
 MAGIC: Final = b"\xf5VMC"
 """Begins every frame. 0xF5 occurs in no UTF-8 text."""
@@ -88,8 +89,7 @@ class Frame(NamedTuple):
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(Record):
     """Bytes that were no frame and have been skipped."""
 
     skipped_bytes: int

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
 from fence_vmchannel.errors import RemoteProtocolError
+from fence_vmchannel.records import Record
 
 VERSIONS: Final = (1,)
 """Protocol versions spoken here, best first."""
@@ -42,8 +42,7 @@ class EndCode(IntEnum):
     GARBAGE = 4  # too much that is no frame
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(Record):
     """How far one side is in a session."""
 
     session_id: bytes  # 16 bytes; all zero: none
@@ -54,8 +53,7 @@ class Numbers:
     acknowledged: int  # frames up to this one cannot be sent again
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(Record):
     """What one side can do and allows."""
 
     features: int  # bit set
@@ -65,8 +63,7 @@ class Offer:
     software: str
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Record):
     """GUEST: I echo your nonce (as epoch); this is who I am and what I have of the session."""
 
     numbers: Numbers
@@ -74,8 +71,7 @@ class Hello:
     versions: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(Record):
     """HOST: this is the session, new or resumed, and what I have of it."""
 
     version: int

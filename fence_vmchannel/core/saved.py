@@ -9,12 +9,12 @@ decides what the peer's channels are: keep it where only the daemon may write.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Final
 from zlib import crc32
 
 from fence_vmchannel.errors import LocalProtocolError, RemoteProtocolError
-from fence_vmchannel.tlv import decode, encode, tagged
+from fence_vmchannel.records import Record, tagged
+from fence_vmchannel.tlv import decode, encode
 
 FORMAT: Final = 1
 MAX_STATE_BYTES: Final = 268_435_456
@@ -24,24 +24,21 @@ _MAGIC: Final = b"VMCS"
 _HEAD = struct.Struct(">4sHII")  # magic, format, CRC of the body, length of the body
 
 
-@dataclass(frozen=True, slots=True)
-class SavedFrame:
+class SavedFrame(Record):
     """A sequenced frame that is not acknowledged."""
 
     identity: bytes = tagged(1)
     payload: bytes = tagged(2)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedFragment:
+class SavedFragment(Record):
     """A DATA frame without a number yet."""
 
     payload: bytes = tagged(1)
     flags: int = tagged(2)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedChannel:
+class SavedChannel(Record):
     """One channel; fields as in `channel_state.Channel`."""
 
     number: int = tagged(1)
@@ -64,16 +61,14 @@ class SavedChannel:
     close_reason: str = tagged(18, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class SavedControl:
+class SavedControl(Record):
     """A control frame whose turn has not come: its type and channel."""
 
     kind: int = tagged(1)
     channel: int = tagged(2)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedRefusal:
+class SavedRefusal(Record):
     """A refusal of a channel that the peer opened beyond a limit."""
 
     channel: int = tagged(1)
@@ -81,8 +76,7 @@ class SavedRefusal:
     reason: str = tagged(3)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedChannels:
+class SavedChannels(Record):
     """All that a `Multiplexer` holds."""
 
     next_number: int = tagged(1)
@@ -92,8 +86,7 @@ class SavedChannels:
     refusals: tuple[SavedRefusal, ...] = tagged(5, default=())
 
 
-@dataclass(frozen=True, slots=True)
-class SavedSession:
+class SavedSession(Record):
     """All that a `Session` holds, with its channels."""
 
     role: str = tagged(1)

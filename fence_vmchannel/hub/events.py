@@ -7,13 +7,10 @@ that is too slow gets `Overflow`; a new snapshot follows, so what it knew before
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from fence_vmchannel.tlv import tagged
+from fence_vmchannel.records import Record, tagged
 
 
-@dataclass(frozen=True, slots=True)
-class PortAdded:
+class PortAdded(Record):
     """A port has come: in a guest one of its own, on a host one of a VM's."""
 
     port: str = tagged(1)
@@ -21,8 +18,7 @@ class PortAdded:
     key: str = tagged(3, default="")  # what tells peers of one name apart: the VM's UUID
 
 
-@dataclass(frozen=True, slots=True)
-class PortRemoved:
+class PortRemoved(Record):
     """The port has gone (unplugged, its driver unloaded, or the VM has ended)."""
 
     port: str = tagged(1)
@@ -30,8 +26,7 @@ class PortRemoved:
     key: str = tagged(3, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class PortUnusable:
+class PortUnusable(Record):
     """The port cannot be opened: another program holds it, permission is missing, its VM does not listen.
 
     Told once for each reason; the hub goes on trying.
@@ -43,8 +38,7 @@ class PortUnusable:
     key: str = tagged(4, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
+class PeerConnected(Record):
     """The hub at the other end of a port has greeted: channels work."""
 
     peer: str = tagged(1)  # "host", or the VM's name
@@ -55,8 +49,7 @@ class PeerConnected:
     key: str = tagged(6, default="")  # what tells peers of one name apart: the VM's UUID
 
 
-@dataclass(frozen=True, slots=True)
-class PeerDisconnected:
+class PeerDisconnected(Record):
     """The link to the peer has ended. The session stays and may be resumed."""
 
     peer: str = tagged(1)
@@ -65,8 +58,7 @@ class PeerDisconnected:
     key: str = tagged(4, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class SessionWasReset:
+class SessionWasReset(Record):
     """The session with a peer began anew: what its applications had not confirmed may be lost."""
 
     peer: str = tagged(1)
@@ -75,28 +67,24 @@ class SessionWasReset:
     key: str = tagged(4, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceOffered:
+class ServiceOffered(Record):
     """A local application, or the hub's own process, offers a service to the peers."""
 
     service: str = tagged(1)
     owner: str = tagged(2)  # "hub", or the application's user and process
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceWithdrawn:
+class ServiceWithdrawn(Record):
     """The service is offered no more."""
 
     service: str = tagged(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Synced:
+class Synced(Record):
     """The snapshot is complete; changes follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Overflow:
+class Overflow(Record):
     """The watcher was too slow and missed events; forget what you know, a new snapshot follows."""
 
     missed: int = tagged(1)
@@ -116,8 +104,7 @@ HubEvent = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PeerStatus:
+class PeerStatus(Record):
     """One peer of a hub, by one port, now."""
 
     peer: str = tagged(1)
@@ -135,8 +122,7 @@ class PeerStatus:
     boot_id: str = tagged(13, default="")  # of the peer's kernel, as it said in its greeting: untrusted text
 
 
-@dataclass(frozen=True, slots=True)
-class HubStatus:
+class HubStatus(Record):
     """A hub, now."""
 
     software: str

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from fence_vmchannel.errors import RemoteProtocolError
@@ -31,36 +30,32 @@ from fence_vmchannel.hub.events import (
     SessionWasReset,
     Synced,
 )
-from fence_vmchannel.tlv import decode, encode, tagged
+from fence_vmchannel.records import Record, tagged
+from fence_vmchannel.tlv import decode, encode
 
 
-@dataclass(frozen=True, slots=True)
-class StatusQuery:
+class StatusQuery(Record):
     """Tell what is there, then close."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchQuery:
+class WatchQuery(Record):
     """Tell what is there, then each change."""
 
 
-@dataclass(frozen=True, slots=True)
-class OfferQuery:
+class OfferQuery(Record):
     """Send me the channels that peers open to `service`, until I close this one."""
 
     service: str = tagged(1)
 
 
-@dataclass(frozen=True, slots=True)
-class HubInfo:
+class HubInfo(Record):
     """Who the hub is."""
 
     software: str = tagged(1)
     boot_id: str = tagged(2)
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Record):
     """Who opened a channel to an offered service, and with which payload. The hub's words, not the peer's."""
 
     peer: str = tagged(1)

@@ -7,7 +7,7 @@ why it is just this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from fence_vmchannel.access import Credentials
@@ -15,7 +15,8 @@ from fence_vmchannel.core.events import Role
 from fence_vmchannel.core.saved import seal, unseal
 from fence_vmchannel.errors import RemoteProtocolError
 from fence_vmchannel.peers import PeerInfo, PeerKind
-from fence_vmchannel.tlv import decode, encode, tagged
+from fence_vmchannel.records import Record, tagged
+from fence_vmchannel.tlv import decode, encode
 
 FORMAT: Final = 1
 MAX_SAVED_BYTES: Final = 134_217_728
@@ -27,8 +28,7 @@ MAX_AGE_S: Final = 600.0
 _MAGIC: Final = b"VMCH"
 
 
-@dataclass(frozen=True, slots=True)
-class SavedEndpoint:
+class SavedEndpoint(Record):
     """One session, and whose it is."""
 
     kind: str = tagged(1)
@@ -56,8 +56,7 @@ class SavedEndpoint:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SavedRelay:
+class SavedRelay(Record):
     """Two channels that the hub joined. Endpoints are places in `SavedHub.endpoints`."""
 
     endpoint: int = tagged(1)
@@ -66,8 +65,7 @@ class SavedRelay:
     other_channel: int = tagged(4)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedOffer:
+class SavedOffer(Record):
     """A service that an application offers: its open channel to ".hub"."""
 
     endpoint: int = tagged(1)
@@ -75,8 +73,7 @@ class SavedOffer:
     service: str = tagged(3)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedHub:
+class SavedHub(Record):
     """All that a hub saves."""
 
     boot_id: str = tagged(1)  # of this machine's kernel

@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fence_vmchannel.errors import (
@@ -43,6 +42,7 @@ from fence_vmchannel.messages import (
     decode_message,
     encode_message,
 )
+from fence_vmchannel.records import Record
 from fence_vmchannel.tlv import decode
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,7 @@ def succeeded(action: FenceAction, answer: FenceAnswer) -> bool:
             return answer.ok
 
 
-@dataclass(slots=True)
-class _Line:
+class _Line(Record):
     """The line in use."""
 
     line: FenceLine
@@ -141,20 +140,22 @@ class _Line:
     accepted_at: float
 
 
-@dataclass(slots=True)
 class _Asking:
     """One request while it is asked."""
 
-    request_id: bytes
-    action: FenceAction
-    plug: str
-    deadline: float  # of the caller
-    answer_by: float  # of the host, a little earlier, so that its "failed" still arrives
-    patient_until: float
-    progress: ProgressSink | None
-    sent: bool = False
-    operation: str = ""
-    trouble: str = ""
+    def __init__(
+        self, request_id: bytes, action: FenceAction, plug: str, progress: ProgressSink | None
+    ) -> None:
+        self.request_id = request_id
+        self.action = action
+        self.plug = plug
+        self.progress = progress
+        self.deadline = 0.0  # of the caller
+        self.answer_by = 0.0  # of the host, a little earlier, so that its "failed" still arrives
+        self.patient_until = 0.0
+        self.sent = False
+        self.operation = ""
+        self.trouble = ""
 
 
 class _AskAgain(ChannelError):
@@ -233,15 +234,10 @@ class FencingClient:
         _check_plug(plug)
         start = self._clock()
         margin = min(2.0, max(0.0, deadline - start) / 10)
-        asking = _Asking(
-            request_id or self.new_request_id(),
-            action,
-            plug,
-            deadline,
-            deadline - margin,
-            start + self._patience_s,
-            progress,
-        )
+        asking = _Asking(request_id or self.new_request_id(), action, plug, progress)
+        asking.deadline = deadline
+        asking.answer_by = deadline - margin
+        asking.patient_until = start + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
             late = asking.answer_by - self._clock() < _TOO_SHORT_S
