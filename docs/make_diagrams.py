@@ -14,7 +14,6 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from fence_vmchannel.core.greeting import EndCode
 from fence_vmchannel.core.session_state import SESSION_TRANSITIONS, SessionState
 from fence_vmchannel.errors import CloseCode
 from fence_vmchannel.hub import local_protocol
+from fence_vmchannel.records import record_fields
 from vmchannel_host.fencing.states import TRANSITIONS as OPERATION_TRANSITIONS
 from vmchannel_host.fencing.states import OperationState
 from vmchannel_host.registry.instance_state import TRANSITIONS as INSTANCE_TRANSITIONS
@@ -102,15 +102,15 @@ def message_table(cls: type[Any], number: int | None) -> str:
     hints = typing.get_type_hints(cls)
     source = inspect.getsource(cls)
     lines = [f"**{cls.__name__}**{f' (kind {number})' if number else ''}: {doc}", ""]
-    if fields(cls):
+    if record_fields(cls):
         lines += ["| tag | field | type | | |", "|---|---|---|---|---|"]
-    for spec in fields(cls):
-        needed = "" if spec.default is not MISSING or spec.default_factory is not MISSING else "required"
-        words = re.search(rf"^\s+{spec.name}: .*?#\s*(.*)$", source, re.MULTILINE)
+    for name, spec in record_fields(cls).items():
+        needed = "required" if spec.required else ""
+        words = re.search(rf"^\s+{name}: .*?#\s*(.*)$", source, re.MULTILINE)
         row = (
-            spec.metadata["tag"],
-            f"`{spec.name}`",
-            type_name(hints[spec.name]),
+            spec.tag,
+            f"`{name}`",
+            type_name(hints[name]),
             needed,
             words[1] if words else "",
         )
