@@ -50,6 +50,7 @@ class FakeHypervisor:
         self.looks = 0
         self.silent: tuple[tuple[VmUuid, str], ...] = ()
         self.conflicts: tuple[str, ...] = ()
+        self.scanned = True  # whether a scan before the next look has seen the conflicts
         self.unknown: tuple[UnknownProcess, ...] = ()
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
@@ -132,6 +133,9 @@ class FakeHypervisor:
     def interruptions(self, identity: ProcessIdentity) -> int:
         instance = self.instances.get(identity)
         return instance.interruptions if instance is not None else -1
+
+    def doubts(self) -> tuple[str, ...]:
+        return self.conflicts if self.scanned else ()
 
     async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
         await asyncio.sleep(self.delay_s)

@@ -19,6 +19,7 @@ from vmchannel_host.fencing.records import InstanceStore
 from vmchannel_host.hypervisors import Ended, Hypervisor, HypervisorError, HypervisorEvent
 from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import (
+    NIL_UUID,
     EndCause,
     EndProof,
     HostName,
@@ -154,6 +155,13 @@ class Instances:
     def conflict(self, vm: VmUuid) -> str:
         """Why no fence of the VM may be tried (S9); "" when nothing is against it."""
         return next((one.text for one in self.registry.conflicts(vm) if one.refuses), "")
+
+    def doubted(self, vm: VmUuid, name: str) -> bool:
+        """Whether a look may show a doubt about its identity: take one before anything is destroyed (S9).
+
+        From memory, so that a fence without a doubt waits for nothing; never a refusal by itself.
+        """
+        return evidence.doubted(self._hypervisor.doubts(), self.registry.instances(NIL_UUID), vm, name)
 
     def _departed(self, vm: VmUuid) -> str:
         text, restored = self.registry.departed(vm) or "", self._store.restored

@@ -139,6 +139,11 @@ class QmpHypervisor:
             raise HypervisorError(f"{identity}: no monitor tells what happened to it")
         await read_run_state(watched.monitor, timeout_s=timeout_s)
 
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful about identities, by the last scan; see `Hypervisor.doubts`."""
+        monitors = (f"{conflict}" for conflict in self._monitor_conflicts())
+        return (*sorted(self._last_problems), *monitors, *self._table.conflicts())
+
     async def look(self, *, timeout_s: float) -> Look:
         """Scan afresh. A VM of which nothing can be said is in `silent`.
 

@@ -444,6 +444,34 @@ async def test_s9_an_instance_without_uuid_that_bears_the_vms_name_is_a_doubt() 
 
 
 @virtual_time
+async def test_s9_nothing_is_destroyed_on_a_doubt_that_was_seen_before_and_that_a_fresh_look_shows() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.hypervisor.add(NIL_UUID, "vm2")
+        await settled()
+        assert_not_claimed(await world.ask(FenceAction.OFF), FenceCode.AMBIGUOUS)
+        assert world.hypervisor.acts == []
+        world.vm(VM3, "vm3")
+        await settled()
+        world.hypervisor.conflicts = ("pid 7 (name 'vm3') has no -uuid",)
+        assert_not_claimed(await world.ask(FenceAction.OFF, "vm3"), FenceCode.AMBIGUOUS)
+        assert world.hypervisor.acts == []
+
+
+@virtual_time
+async def test_s9_a_doubt_that_is_over_stops_no_off_and_one_about_another_vm_costs_no_look() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.vm(VM3, "vm3")
+        nameless = world.hypervisor.add(NIL_UUID, "vm2")
+        await settled()
+        assert_off(await world.ask(FenceAction.OFF, "vm3"))
+        assert world.hypervisor.looks == 1
+        world.hypervisor.vanish(nameless, watched=False)  # nobody has heard of that yet
+        assert_off(await world.ask(FenceAction.OFF))
+
+
+@virtual_time
 async def test_s9_a_conflict_that_the_look_tells_of_the_vm_is_a_doubt_and_of_another_is_not() -> None:
     async with World().running() as world:
         world.vm()
