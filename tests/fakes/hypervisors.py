@@ -309,6 +309,25 @@ class BlindHypervisor(FakeHypervisor):
         raise HypervisorError("/proc cannot be read")
 
 
+class ForkingHypervisor(FakeHypervisor):
+    """During its first look a VM is started that makes itself a daemon: what was listed forks and leaves."""
+
+    forks = ""  # the VM's name; "" when none is started
+    vm = VmUuid("")
+
+    async def look(self, *, timeout_s: float) -> Look:
+        if not self.forks:
+            return await super().look(timeout_s=timeout_s)
+        name, self.forks = self.forks, ""
+        at = self.clock()
+        first = self.add(self.vm, name, run_state=RunState.UNKNOWN, migration=Migration.UNKNOWN)
+        await asyncio.sleep(self.delay_s)
+        self.add(self.vm, name, noticed=False)
+        self.vanish(first, watched=True)
+        await asyncio.sleep(self.delay_s)
+        return Look(HOST, at, ())
+
+
 class RevivingHypervisor(FakeHypervisor):
     """Somebody else starts the VM again, `lives` times, as soon as it is off."""
 

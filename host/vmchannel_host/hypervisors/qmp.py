@@ -152,6 +152,7 @@ class QmpHypervisor:
         """
         began = self._clock()
         deadline = asyncio.get_running_loop().time() + timeout_s
+        starting = self._launcher.running()  # before the scan: what has just ended may have forked since
         scan = await self._find_all(timeout_s)
         unknown = await self._judge_unknown(scan)
         await self._ask_all(deadline)
@@ -165,8 +166,10 @@ class QmpHypervisor:
             if watched.process.key in scan.lost
         )
         silent.extend(
-            (vm_uuid, "its start command still runs: it may bring an instance at any time")
-            for vm_uuid in sorted(self._launcher.running() - {watched.identity.vm_uuid for watched in live})
+            (vm_uuid, "its start command still runs, or did a moment ago: it may bring an instance")
+            for vm_uuid in sorted(
+                (starting | self._launcher.running()) - {watched.identity.vm_uuid for watched in live}
+            )
         )
         conflicts = [f"{problem}" for problem in scan.problems if self._concerns_us(problem)]
         for conflict in self._monitor_conflicts():

@@ -13,6 +13,7 @@ from tests.fakes.hypervisors import (
     FailingHypervisor,
     FakeHypervisor,
     ForgetfulHypervisor,
+    ForkingHypervisor,
     HungHypervisor,
     LateHypervisor,
     LyingHypervisor,
@@ -415,6 +416,19 @@ async def test_settled_io_is_enough(io: IoState) -> None:
         world.vm()
         await settled()
         assert_off(await world.ask(FenceAction.OFF))
+
+
+@virtual_time
+async def test_s2_a_look_that_an_end_overtook_does_not_count_it_may_have_missed_what_was_forked() -> None:
+    hypervisor = ForkingHypervisor(now)
+    async with World(hypervisor).running() as world:
+        await world.vm_off()
+        hypervisor.vm, hypervisor.forks = VM2, "vm2"
+        assert_off(await world.ask(FenceAction.OFF))
+        assert hypervisor.instances == {}
+        hypervisor.forks = "vm2"
+        status = await world.ask(FenceAction.STATUS)
+    assert (status.ok, status.state) == (True, PowerState.ON)
 
 
 # identity (S9)
