@@ -219,7 +219,7 @@ class Instances:
         async with self._saving:
             await self._save_all()
             # Nothing is written between here and the call: the journal marks what is marked here.
-            if {end.identity for end in self.registry.ended(vm)} != covered:
+            if frozenset(end.identity for end in self.registry.ended(vm)) != covered:
                 return False
             await self._store.remember_confirmed(vm, by)
         self.registry.confirm_off(vm, by, covered)
