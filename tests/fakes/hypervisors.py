@@ -50,6 +50,7 @@ class FakeHypervisor:
         self.looks = 0
         self.silent: tuple[tuple[VmUuid, str], ...] = ()
         self.conflicts: tuple[str, ...] = ()
+        self.scanned = True  # whether a scan before the next look has seen the conflicts
         self.unknown: tuple[UnknownProcess, ...] = ()
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
@@ -132,6 +133,9 @@ class FakeHypervisor:
     def interruptions(self, identity: ProcessIdentity) -> int:
         instance = self.instances.get(identity)
         return instance.interruptions if instance is not None else -1
+
+    def doubts(self) -> tuple[str, ...]:
+        return self.conflicts if self.scanned else ()
 
     async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
         await asyncio.sleep(self.delay_s)
@@ -303,6 +307,25 @@ class BlindHypervisor(FakeHypervisor):
 
     async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         raise HypervisorError("/proc cannot be read")
+
+
+class ForkingHypervisor(FakeHypervisor):
+    """During its first look a VM is started that makes itself a daemon: what was listed forks and leaves."""
+
+    forks = ""  # the VM's name; "" when none is started
+    vm = VmUuid("")
+
+    async def look(self, *, timeout_s: float) -> Look:
+        if not self.forks:
+            return await super().look(timeout_s=timeout_s)
+        name, self.forks = self.forks, ""
+        at = self.clock()
+        first = self.add(self.vm, name, run_state=RunState.UNKNOWN, migration=Migration.UNKNOWN)
+        await asyncio.sleep(self.delay_s)
+        self.add(self.vm, name, noticed=False)
+        self.vanish(first, watched=True)
+        await asyncio.sleep(self.delay_s)
+        return Look(HOST, at, ())
 
 
 class RevivingHypervisor(FakeHypervisor):

@@ -19,6 +19,7 @@ from vmchannel_host.fencing.records import InstanceStore
 from vmchannel_host.hypervisors import Ended, Hypervisor, HypervisorError, HypervisorEvent
 from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import (
+    NIL_UUID,
     EndCause,
     EndProof,
     HostName,
@@ -61,6 +62,7 @@ class Instances:
         self._store = store
         self._clock = clock
         self._killed: frozenset[ProcessIdentity] = frozenset()  # by a daemon before us, their ends unseen
+        self._ended_at: dict[VmUuid, float] = {}  # when an end of each VM was last learnt
         self._unsaved: deque[RegistryRecord] = deque()
         self._lost = False
         self._saving = asyncio.Lock()
@@ -92,7 +94,7 @@ class Instances:
                 continue  # a QEMU that never concerned us (`Instance.configured`)
             if isinstance(event, Ended):
                 event = Ended(self._attributed(event.evidence))
-            self._keep(self.registry.apply(event))
+            self._keep(self._apply(event))
             for listener in self._listeners:
                 listener(event)
             try:
@@ -135,10 +137,18 @@ class Instances:
         operation: OperationId = _NO_OPERATION,
         number: int = 0,
     ) -> LookReport:
-        """What a look that was just taken and the records say of one VM."""
+        """What a look that was just taken and the records say of one VM.
+
+        A look proves nothing of a VM of which an end was learnt after it was asked for (S2): what ended may
+        have left another process behind that was not there yet when the look passed, as a QEMU does that
+        makes itself a daemon.
+        """
         registry = self.registry
         # A start command that goes by a name is of the one VM that bears it (S9).
         own_name = name if registry.directory().bearers(name) <= {vm} else ""
+        overtaken = self._ended_at.get(vm, asked_at) > asked_at
+        if overtaken:
+            look = replace(look, silent=(*look.silent, (vm, "a process of it ended while this host looked")))
         return LookReport(
             operation=operation,
             round=number,
@@ -151,11 +161,19 @@ class Instances:
             conflict=self.conflict(vm),
             objections=registry.objections(vm),
             can_start=self._hypervisor.can_start(vm, own_name),
+            overtaken=overtaken,
         )
 
     def conflict(self, vm: VmUuid) -> str:
         """Why no fence of the VM may be tried (S9); "" when nothing is against it."""
         return next((one.text for one in self.registry.conflicts(vm) if one.refuses), "")
+
+    def doubted(self, vm: VmUuid, name: str) -> bool:
+        """Whether a look may show a doubt about its identity: take one before anything is destroyed (S9).
+
+        From memory, so that a fence without a doubt waits for nothing; never a refusal by itself.
+        """
+        return evidence.doubted(self._hypervisor.doubts(), self.registry.instances(NIL_UUID), vm, name)
 
     def _departed(self, vm: VmUuid) -> str:
         text, restored = self.registry.departed(vm) or "", self._store.restored
@@ -171,7 +189,7 @@ class Instances:
         fresh = self._attributed(fresh)
         recorded = {end.identity: end for end in self.registry.ended(fresh.identity.vm_uuid)}
         end = evidence.merge(recorded.get(fresh.identity), fresh)
-        records = self.registry.apply(Ended(end))
+        records = self._apply(Ended(end))
         self._keep(records)
         for record in records:
             if isinstance(record, RememberEnd) and record.evidence.identity == end.identity:
@@ -240,6 +258,12 @@ class Instances:
                 await self._store.remember_end(end)
             case _:
                 assert_never(record)
+
+    def _apply(self, event: HypervisorEvent) -> tuple[RegistryRecord, ...]:
+        records = self.registry.apply(event)
+        if isinstance(event, Ended) and records:
+            self._ended_at[event.evidence.identity.vm_uuid] = self._clock()
+        return records
 
     def _attributed(self, end: InstanceEnded) -> InstanceEnded:
         """Writes are unproven and the process was being killed at a restart: the end is our kill's."""

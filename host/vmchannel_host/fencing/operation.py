@@ -211,7 +211,7 @@ class Operation:
             case Phase.DESTROYING:
                 return self._destroy(self._owed)
             case Phase.BEGUN | None:
-                if self.intent.action is FenceAction.OFF:
+                if self.intent.action is FenceAction.OFF and not self.intent.doubtful:
                     return self._destroy(self._owed)
                 self._go(Step.SURVEY)
                 return self._look(0.0)
@@ -219,7 +219,7 @@ class Operation:
                 assert_never(self.intent.resumed)
 
     def _surveyed(self, now: float) -> tuple[Command, ...]:
-        """on, reboot: what there is decides the way."""
+        """on, reboot, an off on doubt (S9): what there is decides the way."""
         doubt = self._conflict()
         if doubt is not None:
             return self._fail(doubt)
@@ -229,6 +229,8 @@ class Operation:
             return self._off_or_doubt()
         if self.intent.action is FenceAction.ON:
             return self._on_or_doubt(found, alive)
+        if self.intent.action is FenceAction.OFF:
+            return self._destroy(alive)
         target = None if self._silence() else evidence.may_reset(found, alive)
         if target is None:
             return self._destroy(alive)

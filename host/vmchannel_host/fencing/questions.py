@@ -7,6 +7,7 @@ fresh look, records that can be read, and `evidence.off_doubt`. Whatever is betw
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -62,12 +63,13 @@ class Questions:
         if alive is not None:
             return _on(alive)
         try:
-            self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
-            asked_at, look = await self._look.look(timeout_s=min(MAX_LOOK_S, timeout_s))
-            await self._journal.check()
+            async with asyncio.timeout(min(MAX_LOOK_S, timeout_s)):
+                report = await self._report(vm, name)
+                if report.overtaken:
+                    report = await self._report(vm, name)
         except (HypervisorError, JournalError, TimeoutError) as error:
             return failed(_NONE, FenceCode.FAILED, _look_failed(error))
-        return self._judge(vm, name, self._instances.facts(vm, name, asked_at, look))
+        return self._judge(vm, name, report)
 
     async def targets(self, requester: VmUuid | None, *, timeout_s: float) -> tuple[FenceTarget, ...]:
         """The plugs that the requester may name, with their states: ON or OFF where proven, else UNKNOWN."""
@@ -107,6 +109,12 @@ class Questions:
         return Outcome(
             _NONE, True, FenceCode.DONE, PowerState.UNKNOWN, f"{len(wanted)} plugs can be fenced{but}"
         )
+
+    async def _report(self, vm: VmUuid, name: str) -> LookReport:
+        self._instances.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
+        asked_at, look = await self._look.look(timeout_s=MAX_LOOK_S)
+        await self._journal.check()
+        return self._instances.facts(vm, name, asked_at, look)
 
     async def _look_for(self, wanted: Iterable[Target], timeout_s: float) -> dict[VmUuid, PowerState]:
         states = {one.vm_uuid: PowerState.UNKNOWN for one in wanted}

@@ -13,7 +13,7 @@ class OperationState(Enum):
     """Where an operation is."""
 
     ORDERED = "ordered"  # the intent has its place in the order; nothing was done
-    SURVEYING = "surveying"  # on, reboot: the hosts look which instances there are
+    SURVEYING = "surveying"  # on, reboot, an off on doubt: the hosts look which instances there are
     RESETTING = "resetting"  # reboot: `system_reset` of the one running instance
     CHECKING = "checking"  # reboot: the hosts look whether exactly that instance runs
     ACTING = "acting"  # instances are being destroyed

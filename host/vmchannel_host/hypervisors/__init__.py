@@ -69,6 +69,10 @@ class Hypervisor(Protocol):
         """
         ...
 
+    def doubts(self) -> tuple[str, ...]:
+        """`Look.conflicts`, as the last scan has them: a reason to look, never evidence. Does not wait."""
+        ...
+
     async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory.
 

@@ -139,6 +139,11 @@ class QmpHypervisor:
             raise HypervisorError(f"{identity}: no monitor tells what happened to it")
         await read_run_state(watched.monitor, timeout_s=timeout_s)
 
+    def doubts(self) -> tuple[str, ...]:
+        """What is doubtful about identities, by the last scan; see `Hypervisor.doubts`."""
+        monitors = (f"{conflict}" for conflict in self._monitor_conflicts())
+        return (*sorted(self._last_problems), *monitors, *self._table.conflicts())
+
     async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         """See `Hypervisor.look`. A VM of which nothing can be said is in `silent`.
 
@@ -147,6 +152,7 @@ class QmpHypervisor:
         """
         began = self._clock()
         deadline = asyncio.get_running_loop().time() + timeout_s
+        starting = self._launcher.running()  # before the scan: what has just ended may have forked since
         scan = await self._find_all(timeout_s)
         unknown = await self._judge_unknown(scan)
         await self._ask(vm, deadline)
@@ -160,8 +166,10 @@ class QmpHypervisor:
             if watched.process.key in scan.lost
         )
         silent.extend(
-            (vm_uuid, "its start command still runs: it may bring an instance at any time")
-            for vm_uuid in sorted(self._launcher.running() - {watched.identity.vm_uuid for watched in live})
+            (vm_uuid, "its start command still runs, or did a moment ago: it may bring an instance")
+            for vm_uuid in sorted(
+                (starting | self._launcher.running()) - {watched.identity.vm_uuid for watched in live}
+            )
         )
         conflicts = [f"{problem}" for problem in scan.problems if self._concerns_us(problem)]
         for conflict in self._monitor_conflicts():

@@ -241,11 +241,17 @@ class VmHistory:
         return [one for one in self._gone() if not one.superseded and not one.confirmed_by]
 
     def _forget_old(self) -> None:
-        """Bound what a VM that restarts for ever costs. The latest departure always stays."""
+        """Bound what a VM that restarts for ever costs.
+
+        The latest departure always stays, and what we killed while its writes stay unproven until the VM is
+        seen to live: a start that fails because the dead one still holds the disk must not outweigh it (S1).
+        """
         gone = sorted(self._gone(), key=lambda process: process.ended_order)
         departed = [process for process in gone if process.departure(standalone=False) is not None]
         for process in gone[:-KEPT_ENDS]:
-            if process not in departed[-1:] and process is not self._named_last():
+            if process in departed[-1:] or _unsettled_kill(process):
+                continue
+            if process is not self._named_last():
                 del self._processes[process.identity]
 
     def _named_last(self) -> Process | None:
@@ -254,6 +260,12 @@ class VmHistory:
     def _next(self) -> int:
         self._events += 1
         return self._events
+
+
+def _unsettled_kill(process: Process) -> bool:
+    end = process.evidence
+    stands = not process.superseded and not process.confirmed_by
+    return stands and end is not None and end.cause is not EndCause.NONE and end.io is IoState.UNPROVEN
 
 
 def _ran(row: KnownInstance) -> bool:

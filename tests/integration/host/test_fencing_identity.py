@@ -36,7 +36,11 @@ async def test_s9_a_vm_whose_name_a_qemu_without_a_uuid_bears_too_is_never_calle
     vm = site.vm("double")
     await site.until_run_state(vm, "running")
     nameless = site.vm("double", uuid=NIL_UUID)
+    await site.until(
+        lambda: f"conflict: pid {nameless.pid} " in site.daemon.log, "word of the one without UUID"
+    )
     answer = await site.fence("off", vm)
     assert (answer["ok"], answer["code"], answer["state"]) == (False, "ambiguous", "unknown"), answer
     assert f"pid {nameless.pid} " in answer["reason"]
     assert nameless.running
+    assert vm.running

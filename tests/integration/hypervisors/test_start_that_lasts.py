@@ -54,6 +54,22 @@ async def test_s12_a_vm_whose_start_command_still_runs_is_not_absent(rig: Rig) -
                 await asyncio.sleep(0.05)
 
 
+async def test_s12_a_start_command_that_ends_while_a_look_is_under_way_leaves_that_look_in_doubt(
+    rig: Rig,
+) -> None:
+    vm_uuid = VmUuid(str(uuid.uuid4()))
+    hung = rig.qemu(name="hung")
+    async with watching(rig.directory, start={"vm1": slow_start(rig.directory, vm_uuid)}) as host:
+        while not any(one.monitor for one in (await host.look()).instances):
+            await asyncio.sleep(0.05)
+        await host.hypervisor.start(vm_uuid, "vm1", timeout_s=10)
+        hung.stop()  # a look waits a second for its monitor
+        looking = asyncio.create_task(host.look())
+        await asyncio.sleep(0.3)  # the scan has passed
+        (rig.directory / "go").write_text("nothing to start")
+        assert silent(await looking, vm_uuid)
+
+
 async def test_a_start_command_that_has_ended_leaves_no_doubt(rig: Rig) -> None:
     vm_uuid = VmUuid(str(uuid.uuid4()))
     async with watching(rig.directory, start={"vm1": slow_start(rig.directory, vm_uuid)}) as host:

@@ -656,6 +656,21 @@ def test_a_vm_that_restarts_for_ever_costs_bounded_memory(registry: VmRegistry) 
     assert "pid 1 " in str(registry.departed(VM1))
 
 
+def test_s1_a_kill_whose_writes_are_unproven_stands_until_the_vm_is_seen_to_live(
+    registry: VmRegistry,
+) -> None:
+    registry.apply(seen(1))
+    registry.apply(Ended(end(1, io=IoState.UNPROVEN)))
+    for pid in range(2, 200):  # none of these gets the disk, which the dead one still holds
+        registry.apply(seen(pid, run_state=RunState.PRELAUNCH))
+        registry.apply(Ended(end(pid, cause=EndCause.NONE, io=IoState.UNPROVEN)))
+    assert process(1) in [one.identity for one in registry.ended(VM1)]
+    assert len(registry.ended(VM1)) <= KEPT_ENDS + 1
+    registry.apply(seen(200))
+    registry.apply(ended(200))
+    assert [one.identity for one in registry.ended(VM1)] == [process(200)]
+
+
 def test_a_look_of_another_host_is_kept_under_its_name(registry: VmRegistry) -> None:
     other = HostName("hv2")
     seen_there = look(instance())

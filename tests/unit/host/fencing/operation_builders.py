@@ -48,6 +48,7 @@ def intent(
     named: Iterable[Process] = (),
     hosts: tuple[HostName, ...] = (HV1,),
     recognised: bool = True,
+    doubtful: bool = False,
     resumed: Phase | None = None,
 ) -> Intent:
     """An intent of 40 s."""
@@ -66,6 +67,7 @@ def intent(
         tuple(named),
         recognised,
         b"",
+        doubtful,
         resumed,
     )
 

@@ -53,6 +53,21 @@ def destroyed(commands: tuple[object, ...]) -> list[int]:
 # off
 
 
+def test_s9_off_of_a_vm_in_doubt_looks_first_and_destroys_nothing_when_the_look_shows_the_doubt() -> None:
+    op = Driven(intent(named=(A, B), doubtful=True))
+    assert [type(one) for one in op.begun] == [TakeLook]
+    (command,) = op.apply(
+        looked(1, instance(A), unproven=(A, B), conflicts=("pid 7 (name 'vm1') has no -uuid",))
+    )
+    assert isinstance(command, Publish)
+    assert (command.outcome.ok, command.outcome.code) == (False, FenceCode.AMBIGUOUS)
+
+
+def test_s9_a_doubt_that_a_fresh_look_does_not_show_stops_no_off() -> None:
+    op = Driven(intent(named=(A,), doubtful=True))
+    assert destroyed(op.apply(looked(1, instance(A), instance(B), unproven=(A, B)))) == [100, 101]
+
+
 def test_off_destroys_what_it_knows_at_once_and_looks_after_the_last_proof() -> None:
     op = Driven(intent(named=(A, B)))
     assert destroyed(op.begun) == [100, 101]

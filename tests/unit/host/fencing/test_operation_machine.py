@@ -72,8 +72,8 @@ class Proof:
     """When a process was proven to have ended, in events."""
 
     at: int
-    departed: bool  # by any proof of it
-    settled: bool  # its I/O, by any proof of it
+    departed: bool
+    settled: bool  # its I/O
 
 
 class OperationMachine(RuleBasedStateMachine):
@@ -84,15 +84,20 @@ class OperationMachine(RuleBasedStateMachine):
         named=st.sets(processes, max_size=2),
         recognised=flags,
         pending=rarely,
+        doubtful=rarely,
     )
-    def begin(self, action: FenceAction, named: set[Process], recognised: bool, pending: bool) -> None:
+    def begin(
+        self, action: FenceAction, named: set[Process], recognised: bool, pending: bool, doubtful: bool
+    ) -> None:
         self.action = action
         self.now = BEGIN
         self.clock = 0
         self.round = 0
         self.asked_at: dict[int, int] = {}
         self.seen: set[Process] = set(named)
-        self.proofs: dict[Process, Proof] = {}
+        self.proofs: dict[Process, Proof] = {}  # those that count
+        self.told: dict[Process, Proof] = {}  # all that was ever told of each end
+        self.doubtful = doubtful
         self.looks: dict[tuple[int, HostName], LookReport] = {}
         self.recognised = recognised
         self.pending = pending
@@ -101,7 +106,7 @@ class OperationMachine(RuleBasedStateMachine):
         self.destroyed: set[Process] = set()
         self.resets: list[Process] = []
         self.operation = Operation(
-            intent(action, named=sorted(named), hosts=HOSTS, recognised=recognised),
+            intent(action, named=sorted(named), hosts=HOSTS, recognised=recognised, doubtful=doubtful),
             Rules(),
             (OTHER_OP,) if pending else (),
         )
@@ -121,6 +126,7 @@ class OperationMachine(RuleBasedStateMachine):
                     self.starts += 1
                     self.check_off()
                 case Destroy(one):
+                    self.check_doubt()
                     self.destroyed.add(one)
                 case Reset(one):
                     self.resets.append(one)
@@ -255,8 +261,21 @@ class OperationMachine(RuleBasedStateMachine):
     # what must hold
 
     def note_proof(self, one: Process, *, departed: bool, settled: bool) -> None:
-        old = self.proofs.get(one) or Proof(self.clock + 1, False, False)
-        self.proofs[one] = Proof(old.at, old.departed or departed, old.settled or settled)
+        """A process dies once. That a look names it again voids the proof that it has ended, not what another
+        proof saw of its end: a departure stands, and so does that its writes have settled."""
+        told = self.told.get(one) or Proof(0, False, False)
+        told = Proof(0, told.departed or departed, told.settled or settled)
+        self.told[one] = told
+        counts = self.proofs.get(one)
+        at = self.clock + 1 if counts is None else counts.at
+        self.proofs[one] = Proof(at, told.departed, told.settled)
+
+    def check_doubt(self) -> None:
+        """S9: on a doubt nothing is destroyed before every host has looked and none has shown it."""
+        if not self.doubtful or self.destroyed:
+            return
+        reports = [self.looks.get((self.round, host)) for host in HOSTS]
+        assert all(report is not None and not report.conflict for report in reports), "destroyed on a doubt"
 
     def check_claim(self, command: Publish) -> None:
         outcome = command.outcome
@@ -305,6 +324,20 @@ class OperationMachine(RuleBasedStateMachine):
     def on_destroys_nothing(self) -> None:
         if getattr(self, "action", None) is FenceAction.ON:
             assert not self.destroyed
+
+
+def test_writes_that_were_seen_to_settle_stay_settled_though_a_look_and_a_later_proof_contradict() -> None:
+    machine = OperationMachine()
+    one, other = PROCESSES[:2]
+    machine.begin(FenceAction.OFF, {one, other}, True, False, False)
+    machine.prove(one, False, False)
+    machine.prove(other, False, False)
+    machine.take(looked(machine.round, unproven=[one]), {one})
+    machine.take(looked(machine.round, host=HV2), set())
+    machine.prove(one, False, True)  # a proof that came too late to see how it ended
+    machine.all_look_and_find_nothing()
+    assert machine.published is not None
+    assert machine.published.outcome.ok
 
 
 def test_no_sequence_of_events_leads_to_a_claim_without_its_evidence() -> None:

@@ -13,6 +13,7 @@ from tests.fakes.hypervisors import (
     FailingHypervisor,
     FakeHypervisor,
     ForgetfulHypervisor,
+    ForkingHypervisor,
     HungHypervisor,
     LateHypervisor,
     LyingHypervisor,
@@ -417,6 +418,19 @@ async def test_settled_io_is_enough(io: IoState) -> None:
         assert_off(await world.ask(FenceAction.OFF))
 
 
+@virtual_time
+async def test_s2_a_look_that_an_end_overtook_does_not_count_it_may_have_missed_what_was_forked() -> None:
+    hypervisor = ForkingHypervisor(now)
+    async with World(hypervisor).running() as world:
+        await world.vm_off()
+        hypervisor.vm, hypervisor.forks = VM2, "vm2"
+        assert_off(await world.ask(FenceAction.OFF))
+        assert hypervisor.instances == {}
+        hypervisor.forks = "vm2"
+        status = await world.ask(FenceAction.STATUS)
+    assert (status.ok, status.state) == (True, PowerState.ON)
+
+
 # identity (S9)
 
 
@@ -441,6 +455,34 @@ async def test_s9_an_instance_without_uuid_that_bears_the_vms_name_is_a_doubt() 
         world.hypervisor.add(NIL_UUID, "vm2")
         answer = await world.ask(FenceAction.OFF)
     assert_not_claimed(answer, FenceCode.AMBIGUOUS)
+
+
+@virtual_time
+async def test_s9_nothing_is_destroyed_on_a_doubt_that_was_seen_before_and_that_a_fresh_look_shows() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.hypervisor.add(NIL_UUID, "vm2")
+        await settled()
+        assert_not_claimed(await world.ask(FenceAction.OFF), FenceCode.AMBIGUOUS)
+        assert world.hypervisor.acts == []
+        world.vm(VM3, "vm3")
+        await settled()
+        world.hypervisor.conflicts = ("pid 7 (name 'vm3') has no -uuid",)
+        assert_not_claimed(await world.ask(FenceAction.OFF, "vm3"), FenceCode.AMBIGUOUS)
+        assert world.hypervisor.acts == []
+
+
+@virtual_time
+async def test_s9_a_doubt_that_is_over_stops_no_off_and_one_about_another_vm_costs_no_look() -> None:
+    async with World().running() as world:
+        world.vm()
+        world.vm(VM3, "vm3")
+        nameless = world.hypervisor.add(NIL_UUID, "vm2")
+        await settled()
+        assert_off(await world.ask(FenceAction.OFF, "vm3"))
+        assert world.hypervisor.looks == 1
+        world.hypervisor.vanish(nameless, watched=False)  # nobody has heard of that yet
+        assert_off(await world.ask(FenceAction.OFF))
 
 
 @virtual_time
