@@ -315,9 +315,9 @@ class ForkingHypervisor(FakeHypervisor):
     forks = ""  # the VM's name; "" when none is started
     vm = VmUuid("")
 
-    async def look(self, *, timeout_s: float) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
         if not self.forks:
-            return await super().look(timeout_s=timeout_s)
+            return await super().look(timeout_s=timeout_s, vm=vm)
         name, self.forks = self.forks, ""
         at = self.clock()
         first = self.add(self.vm, name, run_state=RunState.UNKNOWN, migration=Migration.UNKNOWN)
