@@ -17,6 +17,10 @@ from typing import Final, Protocol
 ROUND_S: Final = 0.002
 """After so much reading in one round of the loop the rest waits for the next: answers go out in between."""
 
+_PAUSE_S: Final = 0.0005
+"""After so much reading in one round of the loop the rest waits for the next: answers go out in between.
+"""
+
 
 class Reader(Protocol):
     """Who takes turns."""
@@ -38,6 +42,7 @@ class FairTurns:
         self._clock = clock
         self._now = 0.0  # virtual time: when the turn taken last began
         self._left_s = ROUND_S  # of this round of the loop
+        self._ended = 0.0  # the turn before, on the clock
         self._waiting: list[tuple[float, int, Reader]] = []  # when it would end, order of arrival
         self._arrivals = 0
         self._round: asyncio.Handle | None = None
@@ -47,6 +52,8 @@ class FairTurns:
         if reader.waits:
             return
         ends = max(self._now, reader.had) + reader.took
+        if not self._waiting and self._clock() - self._ended > _PAUSE_S:
+            self._left_s = ROUND_S
         if self._left_s > 0 and (not self._waiting or ends <= self._waiting[0][0]):
             self._take(reader)
             return
@@ -56,11 +63,11 @@ class FairTurns:
         self._arm()
 
     def _take(self, reader: Reader) -> None:
-        self._arm()
         self._now = max(self._now, reader.had)
         began = self._clock()
         reader.take_turn()
-        reader.took = self._clock() - began
+        self._ended = self._clock()
+        reader.took = self._ended - began
         reader.had = self._now + reader.took
         self._left_s -= reader.took
 

@@ -311,8 +311,8 @@ class QmpHypervisor:
                 log.error("cannot see the host's processes: %s", error)
             except Exception:
                 log.exception("scan failed")
-            # On a host with thousands of processes a scan may cost at most 2 % of a core.
-            pause_s = max(self._settings.scan_s, 50 * (time.monotonic() - began))
+            # On a host with thousands of processes a scan may cost at most 1 % of a core.
+            pause_s = max(self._settings.scan_s, 100 * (time.monotonic() - began))
             await asyncio.sleep(0.1)  # however often a monitor comes and goes
             self._rescan.clear()
             try:
