@@ -18,8 +18,7 @@ ROUND_S: Final = 0.002
 """After so much reading in one round of the loop the rest waits for the next: answers go out in between."""
 
 _PAUSE_S: Final = 0.0005
-"""After so much reading in one round of the loop the rest waits for the next: answers go out in between.
-"""
+"""A turn that begins so long after the one before is in another round: a quiet hub counts no rounds."""
 
 
 class Reader(Protocol):
