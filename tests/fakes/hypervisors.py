@@ -54,7 +54,6 @@ class FakeHypervisor:
         self.looks = 0
         self.silent: tuple[tuple[VmUuid, str], ...] = ()
         self.conflicts: tuple[str, ...] = ()
-        self.scanned = True  # whether a scan before the next look has seen the conflicts
         self.unknown: tuple[UnknownProcess, ...] = ()
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
@@ -140,15 +139,12 @@ class FakeHypervisor:
         instance = self.instances.get(identity)
         return instance.interruptions if instance is not None else -1
 
-    def doubts(self) -> tuple[str, ...]:
-        return self.conflicts if self.scanned else ()
-
     async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
         await asyncio.sleep(self.delay_s)
         if identity not in self.instances or identity in self.mute:
             raise HypervisorError("no monitor tells what happened to it")
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         self.looks += 1
         self._begun("look").set()
         at = self.clock()
@@ -325,7 +321,7 @@ class MixedUpHypervisor(FakeHypervisor):
 class ForgetfulHypervisor(FakeHypervisor):
     """Looks answer from memory: what was seen before they were asked for."""
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         self.looks += 1
         self._begun("look").set()
         return Look(HOST, self.clock() - 1.0, (), ())
@@ -334,7 +330,7 @@ class ForgetfulHypervisor(FakeHypervisor):
 class BlindHypervisor(FakeHypervisor):
     """Looks fail."""
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         raise HypervisorError("/proc cannot be read")
 
 
@@ -344,9 +340,9 @@ class ForkingHypervisor(FakeHypervisor):
     forks = ""  # the VM's name; "" when none is started
     vm = VmUuid("")
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         if not self.forks:
-            return await super().look(timeout_s=timeout_s, vm=vm)
+            return await super().look(timeout_s=timeout_s, vm=vm, monitors=monitors)
         name, self.forks = self.forks, ""
         at = self.clock()
         first = self.add(self.vm, name, run_state=RunState.UNKNOWN, migration=Migration.UNKNOWN)

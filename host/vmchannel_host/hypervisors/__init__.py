@@ -115,15 +115,12 @@ class Hypervisor(Protocol):
         """
         ...
 
-    def doubts(self) -> tuple[str, ...]:
-        """`Look.conflicts`, as the last scan has them: a reason to look, never evidence. Does not wait."""
-        ...
-
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory.
 
         With `vm` only that VM's monitors are asked: which instances of others exist is as fresh,
-        but what these do is what was heard of them last.
+        but what these do is what was heard of them last. Without `monitors` that holds for all: which
+        instances exist, and whose they are, is what is asked, and a mute monitor costs no time.
         """
         ...
 

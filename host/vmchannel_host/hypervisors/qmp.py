@@ -143,12 +143,7 @@ class QmpHypervisor:
             raise HypervisorError(f"{identity}: no monitor tells what happened to it")
         await read_run_state(watched.monitor, timeout_s=timeout_s)
 
-    def doubts(self) -> tuple[str, ...]:
-        """What is doubtful about identities, by the last scan; see `Hypervisor.doubts`."""
-        monitors = (f"{conflict}" for conflict in self._monitor_conflicts())
-        return (*sorted(self._last_problems), *monitors, *self._table.conflicts())
-
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         """See `Hypervisor.look`. A VM of which nothing can be said is in `silent`.
 
         Raises:
@@ -159,7 +154,8 @@ class QmpHypervisor:
         starting = self._launcher.running()  # before the scan: what has just ended may have forked since
         scan = await self._find_all(timeout_s)
         unknown = await self._judge_unknown(scan)
-        await self._ask(vm, deadline)
+        if monitors:
+            await self._ask(vm, deadline)
         if self._stopped:  # what was watched is forgotten: nothing found would mean nothing
             raise HypervisorError("the hypervisor is not watched any more: the daemon stops")
         live = [watched for watched in self._table.all() if not watched.process.ended()]

@@ -31,6 +31,7 @@ from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, Proces
 QEMU = "/usr/bin/qemu-system-x86_64"
 HOST = HostName("hv-test")
 FAKE = "qemu-system-scripted"
+_ACCEPTS = 1 << 16  # __SO_ACCEPTCON, among the flags of /proc/net/unix
 QUICK = Timings(connect_s=1.0, command_s=1.0, poll_s=5.0, last_retry_s=0.5)
 
 
@@ -154,11 +155,12 @@ class Rig:
 
 
 def _listens(path: Path) -> bool:
-    """Without connecting: that would take the monitor's one place."""
-    try:
-        return any(line.endswith(str(path)) for line in Path("/proc/net/unix").read_text().splitlines())
-    except OSError:
-        return False
+    """Without connecting: that would take the monitor's one place. A path that is only bound refuses."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        _, _, _, flags, _, _, _, *name = line.split(maxsplit=7)
+        if name == [str(path)] and int(flags, 16) & _ACCEPTS:
+            return True
+    return False
 
 
 class Host:
