@@ -41,6 +41,7 @@ from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.hot_plug import HotPlug
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
@@ -153,7 +154,10 @@ class Daemon:
         self._stop = asyncio.Event()
         self._launcher = Launcher(_start_commands(config))
         self._hypervisor: Hypervisor = QmpHypervisor(
-            QmpSettings(sockets=tuple(glob for one in config.hypervisors for glob in one.sockets)),
+            QmpSettings(
+                sockets=tuple(glob for one in config.hypervisors for glob in one.sockets),
+                ports=str(config.paths.run / "ports"),
+            ),
             host=config.host,
             processes=parts.processes,
             launcher=self._launcher,
@@ -316,6 +320,15 @@ class Daemon:
                 names=core.names,
                 rules=lambda: core.coordinator.settings.rules,
                 running=core.coordinator.running,
+            ),
+            hot_plug=HotPlug(
+                plugs=self._hypervisor,
+                directory=self._registry.directory,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                running=core.coordinator.running,
+                log=core.journal,
+                prefix=self._settings.config.ports.prefix,
             ),
             journal=core.journal,
             feed=core.feed,

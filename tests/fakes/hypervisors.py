@@ -14,6 +14,9 @@ from vmchannel_host.hypervisors import (
     HypervisorError,
     HypervisorEvent,
     NotProven,
+    PlugError,
+    Plugged,
+    PlugProblem,
     Seen,
 )
 from vmchannel_host.model import (
@@ -27,6 +30,7 @@ from vmchannel_host.model import (
     IoState,
     Look,
     Migration,
+    PortName,
     ProcessIdentity,
     RunState,
     UnknownProcess,
@@ -56,6 +60,8 @@ class FakeHypervisor:
         self.startable: set[VmUuid] = set()
         self.mute: set[ProcessIdentity] = set()  # monitors that do not answer
         self.boot_s = 0.5  # from start to running
+        self.plugged: dict[VmUuid, set[PortName]] = {}  # ports that were attached
+        self.plug_fails: PlugError | None = None
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
         self._acts_begun: dict[str, asyncio.Event] = {}
@@ -191,6 +197,29 @@ class FakeHypervisor:
         await asyncio.sleep(self.delay_s)
         identity = self.add(vm, name, run_state=RunState.PRELAUNCH)
         asyncio.get_running_loop().call_later(self.boot_s, self._boot, identity)
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        ports = await self._plugging(vm, f"attach {port}")
+        there = port in ports
+        ports.add(port)
+        return Plugged(not there, (port,), () if there else ("it is there until the VM ends",))
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        ports = await self._plugging(vm, f"detach {port}")
+        gone = tuple(sorted(ports if port is None else ports & {port}))
+        ports.difference_update(gone)
+        return Plugged(bool(gone), gone)
+
+    async def _plugging(self, vm: VmUuid, act: str) -> set[PortName]:
+        self.note(act)
+        await asyncio.sleep(self.delay_s)
+        if self.plug_fails is not None:
+            raise self.plug_fails
+        if not any(identity.vm_uuid == vm for identity in self.instances):
+            raise PlugError(PlugProblem.NOT_RUNNING, "it does not run here", "start it")
+        return self.plugged.setdefault(vm, set())
 
     def _boot(self, identity: ProcessIdentity) -> None:
         instance = self.instances.get(identity)

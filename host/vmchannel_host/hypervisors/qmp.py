@@ -18,12 +18,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmchannel_host.hypervisors import BeforeKill, HypervisorError, HypervisorEvent, NotProven
+from vmchannel_host.hypervisors import BeforeKill, HypervisorError, HypervisorEvent, NotProven, Plugged
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import Endings
 from vmchannel_host.hypervisors.follower import Conflict, SocketFollower, Timings
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
 from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.plugging import Plugging
 from vmchannel_host.hypervisors.process import (
     Candidate,
     ProcessGone,
@@ -43,6 +44,7 @@ from vmchannel_host.model import (
     InstanceReset,
     IoState,
     Look,
+    PortName,
     ProcessIdentity,
     UnknownProcess,
     VmUuid,
@@ -65,6 +67,7 @@ class QmpSettings:
     sockets: tuple[str, ...] = ()  # globs of QMP socket paths
     scan_s: float = 1.0  # between two scans of /proc and the globs; longer when a scan is dear
     ask_s: float = 1.0  # how long a look waits for each monitor
+    ports: str = ""  # our directory for the sockets of ports that are plugged in
     timings: Timings = field(default_factory=Timings)
 
 
@@ -96,6 +99,7 @@ class QmpHypervisor:
         self._calls = DetachedCalls()
         self._table = InstanceTable()
         self._endings = Endings(self._table, self._calls, host=host, clock=clock, proc=processes.proc)
+        self._plugging = Plugging(self._table, settings.ports, self._directory, self.look_at_ports)
         self._followers: dict[str, tuple[SocketFollower, asyncio.Task[None]]] = {}
         self._sockets: Mapping[str, tuple[int, int]] = MappingProxyType({})
         self._rescan = asyncio.Event()
@@ -234,6 +238,16 @@ class QmpHypervisor:
         """Run the VM's start command; see `Launcher.start`."""
         await self._launcher.start(vm, name, timeout_s=timeout_s)
         self._rescan.set()
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        """Plug a port into the running VM; a bare QEMU has no persistent definition (`Plugged.advice`)."""
+        return await self._plugging.attach(vm, port, timeout_s=timeout_s)
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        """Take a port away; see `Hypervisor.detach_port`."""
+        return await self._plugging.detach(vm, port, force=force, timeout_s=timeout_s)
 
     async def _find(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
         """The watched process of that identity; opened now if it is not watched yet.

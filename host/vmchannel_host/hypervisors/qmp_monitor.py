@@ -155,6 +155,14 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise MonitorClosed(f"{self.path}: closed before the answer to {command}") from error
 
+    async def give_fd(self, name: str, fd: int, *, timeout_s: float) -> None:
+        """Hand QEMU a copy of a file descriptor, under a name that a command can use once.
+
+        Raises: as `execute`.
+        """
+        self._client.pass_fd(fd, self.path)
+        await self.execute("getfd", {"fdname": name}, timeout_s=timeout_s)
+
     async def wait_closed(self) -> None:
         """Wait until the stream has been read to its end and every event in it was handed on."""
         while self.open:
@@ -327,6 +335,22 @@ class _Client(QMPClient):
             cast(Any, self._writer.transport).max_size = READ_BYTES
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(_fetch_error)
+
+    def pass_fd(self, fd: int, path: str) -> None:
+        """Send a descriptor beside the stream: QEMU keeps it for the next `getfd`.
+
+        The blank that carries it may not fall into the middle of a command that is not yet sent whole.
+        """
+        if self._writer is None or self.runstate != Runstate.RUNNING:
+            raise MonitorClosed(f"{path}: closed")
+        if self._writer.transport.get_write_buffer_size():
+            raise MonitorMute(f"{path}: QEMU does not read")
+        try:
+            self.send_fd_scm(fd)
+        except BlockingIOError as error:
+            raise MonitorMute(f"{path}: QEMU does not read") from error
+        except OSError as error:
+            raise MonitorClosed(f"{path}: {error.strerror or error}") from error
 
     def _schedule_disconnect(self) -> None:
         super()._schedule_disconnect()

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tests.fakes import qmp_server
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
@@ -262,7 +262,13 @@ def make_host(
     timings: Timings = QUICK,
     processes: ProcessTable | None = None,
 ) -> Host:
-    settings = QmpSettings(sockets=(str(directory / sockets),), scan_s=0.2, ask_s=1.0, timings=timings)
+    settings = QmpSettings(
+        sockets=(str(directory / sockets),),
+        scan_s=0.2,
+        ask_s=1.0,
+        timings=timings,
+        ports=str(directory / "ports"),
+    )
     processes = processes or ProcessTable(
         boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), executables=executables
     )
@@ -295,6 +301,26 @@ async def migrate_away(monitor_path: Path, memory: Path) -> None:
     finally:
         await monitor.close()
     assert status == "completed", f"migration {status}"
+
+
+class SecondMonitor:
+    """A monitor of a QEMU that the daemon does not look for; the test asks it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "mine"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What QEMU is started with."""
+        return ("-qmp", f"unix:{self.path},server=on,wait=off")
+
+    async def ask(self, command_name: str, **arguments: object) -> Any:
+        """Give one command; gives its `return`."""
+        monitor = await Monitor.connect(str(self.path), timeout_s=20)
+        try:
+            return await monitor.execute(command_name, arguments or None, timeout_s=20)
+        finally:
+            await monitor.close()
 
 
 class HeldMonitor:
