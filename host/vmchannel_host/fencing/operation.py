@@ -225,6 +225,8 @@ class Operation:
             return self._fail(doubt)
         found = self._found()
         alive = self._alive()
+        if not alive and self.intent.action is FenceAction.OFF and self._starts:
+            return self._destroy(alive)  # waits for the start, which may still bring an instance
         if not alive:
             return self._off_or_doubt()
         if self.intent.action is FenceAction.ON:
