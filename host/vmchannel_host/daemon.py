@@ -42,6 +42,7 @@ from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import (
@@ -50,7 +51,8 @@ from vmchannel_host.hypervisors.process import (
     read_boot_id,
     read_pid_namespace,
 )
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
@@ -152,13 +154,7 @@ class Daemon:
         self._health = Health()
         self._stop = asyncio.Event()
         self._launcher = Launcher(_start_commands(config))
-        self._hypervisor: Hypervisor = QmpHypervisor(
-            QmpSettings(sockets=tuple(glob for one in config.hypervisors for glob in one.sockets)),
-            host=config.host,
-            processes=parts.processes,
-            launcher=self._launcher,
-            clock=parts.clock,
-        )
+        self._hypervisor: Hypervisor = _hypervisor(config, parts, self._launcher)
         self._coordinator: Coordinator | None = None
         self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
         self._registry.expect(self._settings.policy.named_uuids())
@@ -450,6 +446,14 @@ def _warn_of_namespace(own: PidNamespace) -> None:
             "processes run in it. On a host that runs VMs, run it in the host's pid namespace",
             own,
         )
+
+
+def _hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+    """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
+    watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
+    globs = tuple(glob for one in config.hypervisors for glob in one.sockets)
+    sources = (QmpSockets(QmpSettings(sockets=globs), watch),)
+    return HostHypervisor(watch, sources, (launcher,), host=config.host, clock=parts.clock)
 
 
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from vmchannel_host.hypervisors import BeforeKill, HypervisorError, NotProven
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.image_locks import OpenStorage, look_at_storage, wait_settled
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor, MonitorError
+from vmchannel_host.hypervisors.monitors import CommandRefused, InstanceMonitor, MonitorError
 from vmchannel_host.model import EndCause, EndProof, HostName, InstanceEnded, IoState
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Endings:
         if not await _ended_by(watched, until=deadline):
             raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
 
-    async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> None:
+    async def _quit(self, watched: Watched, monitor: InstanceMonitor, timeout_s: float) -> None:
         """Ask QEMU to leave, and wait until it has, has refused, or `timeout_s` is over."""
         watched.cause = EndCause.QUIT
         until = asyncio.get_running_loop().time() + timeout_s
@@ -252,10 +252,10 @@ async def _marked(watched: Watched, before_kill: BeforeKill, deadline: float) ->
         ) from error
 
 
-async def _ask_to_quit(watched: Watched, monitor: Monitor, timeout_s: float) -> bool:
+async def _ask_to_quit(watched: Watched, monitor: InstanceMonitor, timeout_s: float) -> bool:
     """Send `quit`. False when QEMU refused it; a lost or late answer says nothing."""
     try:
-        await monitor.execute("quit", timeout_s=timeout_s)
+        await monitor.quit(timeout_s=timeout_s)
     except CommandRefused as error:
         log.warning("quit refused: %s", error)
         return False
@@ -285,7 +285,7 @@ async def _ended_by(watched: Watched, *, until: float) -> bool:
     return True
 
 
-async def _read_to_end(monitor: Monitor | None) -> bool:
+async def _read_to_end(monitor: InstanceMonitor | None) -> bool:
     if monitor is None:
         return True  # nothing was watched, so nothing was missed
     try:
