@@ -44,6 +44,9 @@ from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.libvirt.binding import open_link
+from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import (
     HOST_PID_NAMESPACE,
@@ -53,6 +56,7 @@ from vmchannel_host.hypervisors.process import (
 )
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
+from vmchannel_host.hypervisors.source import Source, Starter
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
@@ -95,6 +99,7 @@ class Parts:
     clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
     wall_clock: Callable[[], float] = time.time
     random_bytes: Callable[[int], bytes] = os.urandom
+    open_libvirt: OpenLink = open_link
 
 
 def real_parts() -> Parts:
@@ -451,13 +456,20 @@ def _warn_of_namespace(own: PidNamespace) -> None:
 def _hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
     """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
     watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
-    globs = tuple(glob for one in config.hypervisors for glob in one.sockets)
-    sources = (QmpSockets(QmpSettings(sockets=globs), watch),)
-    return HostHypervisor(watch, sources, (launcher,), host=config.host, clock=parts.clock)
+    globs = tuple(glob for one in config.qmp for glob in one.sockets)
+    libvirts = tuple(
+        LibvirtSource(
+            LibvirtSettings(one.uri, one.saves), watch, parts.open_libvirt, wall_clock=parts.wall_clock
+        )
+        for one in config.libvirt
+    )
+    sources: tuple[Source, ...] = (QmpSockets(QmpSettings(sockets=globs), watch), *libvirts)
+    starters: tuple[Starter, ...] = (launcher, *libvirts)
+    return HostHypervisor(watch, sources, starters, host=config.host, clock=parts.clock)
 
 
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:
-    return {vm: command for one in config.hypervisors for vm, command in one.start.items()}
+    return {vm: command for one in config.qmp for vm, command in one.start.items()}
 
 
 def _fence_settings(config: HostConfig) -> FenceSettings:

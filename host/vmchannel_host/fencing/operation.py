@@ -227,6 +227,8 @@ class Operation:
         alive = self._alive()
         if not alive and self.intent.action is FenceAction.OFF and self._starts:
             return self._destroy(alive)  # waits for the start, which may still bring an instance
+        if not alive and self.intent.action is not FenceAction.ON and self._silence():
+            return self._destroy(alive)  # S0: the look after it removes saved memory first
         if not alive:
             return self._off_or_doubt()
         if self.intent.action is FenceAction.ON:
@@ -404,7 +406,10 @@ class Operation:
         """Ask every host for a new look; answers to earlier rounds no longer count."""
         self._round += 1
         self._reports = {}
-        return tuple(TakeLook(host, self._round, delay_s, self.conclude_by) for host in self.intent.hosts)
+        discard = self._state is OperationState.LOOKING and self.intent.action is not FenceAction.ON
+        return tuple(
+            TakeLook(host, self._round, delay_s, self.conclude_by, discard) for host in self.intent.hosts
+        )
 
     def _look_once_more(self) -> tuple[Command, ...]:
         self._mute_looks += 1
@@ -414,6 +419,7 @@ class Operation:
         if report.round != self._round or report.look.host not in self.intent.hosts:
             return ()
         self._reports[report.look.host] = report
+        self._lines += [f"{line} on {report.look.host}" for line in report.removed]
         if self._state is not OperationState.STARTING:
             # Once seen it is owed a proof, even if the next look does not show it.
             self._owed |= evidence.instances_of((report,), self.intent.vm).keys()

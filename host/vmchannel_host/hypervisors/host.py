@@ -120,8 +120,10 @@ class HostHypervisor:
         scan = await self._find_all(timeout_s)
         unknown = await self._watch.judge_unknown(scan)
         async with asyncio.TaskGroup() as tasks:
-            for source in self._sources:
-                tasks.create_task(source.ask(vm, deadline=deadline), name="ask")
+            asked = [
+                tasks.create_task(source.ask(vm, deadline=deadline), name="ask") for source in self._sources
+            ]
+        answers = [one.result() for one in asked]
         if self._watch.stopped:  # what was watched is forgotten: nothing found would mean nothing
             raise HypervisorError("the hypervisor is not watched any more: the daemon stops")
         live = [watched for watched in self._watch.table.all() if not watched.process.ended()]
@@ -136,7 +138,7 @@ class HostHypervisor:
             (vm_uuid, "its start command still runs, or did a moment ago: it may bring an instance")
             for vm_uuid in sorted((starting | self._starting()) - alive)
         )
-        silent.extend(one for source in self._sources for one in source.silent(vm))
+        silent.extend(one for answer in answers for one in answer.silent)
         conflicts = [f"{problem}" for problem in scan.problems if self._concerns_us(problem)]
         for conflict in self._conflicts():
             conflicts.append(f"{conflict}")
@@ -147,7 +149,7 @@ class HostHypervisor:
             instances=tuple(watched.instance() for watched in live),
             silent=tuple(silent),
             conflicts=(*conflicts, *self._watch.table.conflicts()),
-            unknown=unknown,
+            unknown=(*unknown, *(one for answer in answers for one in answer.unknown)),
         )
 
     async def off(

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from vmchannel_host.hypervisors.follower import SocketFollower, Timings
 from vmchannel_host.hypervisors.process import VerifiedProcess
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.hypervisors.source import Conflict
+from vmchannel_host.hypervisors.source import Answer, Conflict
 from vmchannel_host.model import ProcessIdentity, VmUuid
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class QmpSockets:
         for follower, _ in self._followers.values():
             follower.look_at_ports(identity)
 
-    async def ask(self, vm: VmUuid | None, *, deadline: float) -> None:
+    async def ask(self, vm: VmUuid | None, *, deadline: float) -> Answer:
         """Ask all at the same time; mute ones together cost `ask_s`."""
         loop = asyncio.get_running_loop()
         followers = [follower for follower, _ in self._followers.values()]
@@ -95,16 +95,13 @@ class QmpSockets:
             for follower in followers:
                 if follower.connected and (vm is None or follower.follows(vm)):
                     tasks.create_task(follower.refresh(timeout_s=timeout_s), name=f"refresh {follower.path}")
+        return Answer()  # a mute monitor leaves its process, whose state is unknown then
 
     def conflicts(self) -> Iterable[Conflict]:
         """Monitors that contradict their process."""
         return [
             follower.conflict for follower, _ in self._followers.values() if follower.conflict is not None
         ]
-
-    def silent(self, vm: VmUuid | None) -> Iterable[tuple[VmUuid, str]]:
-        """None: a mute monitor leaves its process, whose state is unknown then."""
-        return ()
 
     async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
         """A bare QEMU has no saved memory of which anything here knows."""

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.model import NIL_UUID, ProcessIdentity, VmUuid
+from vmchannel_host.model import NIL_UUID, ProcessIdentity, UnknownProcess, VmUuid
 
 
 class Conflict(HypervisorError):
@@ -20,6 +21,14 @@ class Conflict(HypervisorError):
     def __init__(self, reason: str, *vm_uuids: VmUuid) -> None:
         super().__init__(reason)
         self.vm_uuids = tuple(vm_uuid for vm_uuid in vm_uuids if vm_uuid != NIL_UUID)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a look has to say beside the instances that it found."""
+
+    silent: tuple[tuple[VmUuid, str], ...] = ()  # see `Look.silent`
+    unknown: tuple[UnknownProcess, ...] = ()  # what may be of any VM
 
 
 class Source(Protocol):
@@ -50,16 +59,12 @@ class Source(Protocol):
         """See `Hypervisor.look_at_ports`."""
         ...
 
-    async def ask(self, vm: VmUuid | None, *, deadline: float) -> None:
+    async def ask(self, vm: VmUuid | None, *, deadline: float) -> Answer:
         """Ask the VM's monitors (None: all) afresh; at the loop's time `deadline` it must have returned."""
         ...
 
     def conflicts(self) -> Iterable[Conflict]:
         """Doubts about identities; the VMs concerned are silent."""
-        ...
-
-    def silent(self, vm: VmUuid | None) -> Iterable[tuple[VmUuid, str]]:
-        """VMs of which nothing can be said though their processes are known, by the last `ask` of `vm`."""
         ...
 
     async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
