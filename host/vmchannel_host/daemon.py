@@ -41,6 +41,7 @@ from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.hot_plug import HotPlug
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
 from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
@@ -318,6 +319,15 @@ class Daemon:
                 rules=lambda: core.coordinator.settings.rules,
                 running=core.coordinator.running,
             ),
+            hot_plug=HotPlug(
+                plugs=self._hypervisor,
+                directory=self._registry.directory,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                running=core.coordinator.running,
+                log=core.journal,
+                prefix=self._settings.config.ports.prefix,
+            ),
             journal=core.journal,
             feed=core.feed,
             health=self._health,
@@ -465,7 +475,9 @@ def _hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervi
     )
     sources: tuple[Source, ...] = (QmpSockets(QmpSettings(sockets=globs), watch), *libvirts)
     starters: tuple[Starter, ...] = (launcher, *libvirts)
-    return HostHypervisor(watch, sources, starters, host=config.host, clock=parts.clock)
+    return HostHypervisor(
+        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+    )
 
 
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:

@@ -65,7 +65,6 @@ def intent_body(intent: Intent) -> Body:
         "hosts": list(intent.hosts),
         "named": [_process(one) for one in intent.named],
         "recognised": intent.recognised,
-        "doubtful": intent.doubtful,
         "request_id": intent.request_id.hex(),
     }
 
@@ -91,7 +90,6 @@ def read_intent(operation: OperationId, body: Body, resumed: Phase) -> Intent:
         hosts=tuple(HostName(str(host)) for host in _items(body, "hosts")),
         named=tuple(_read_process(one) for one in _items(body, "named")),
         recognised=body.get("recognised") is True,
-        doubtful=body.get("doubtful") is True,
         request_id=bytes.fromhex(_text(body, "request_id")),
         resumed=resumed,
     )

@@ -219,7 +219,6 @@ class Coordinator:
             hosts=tuple(sorted(self._shell.bus.hosts())),
             named=tuple(sorted(known)),
             recognised=order.named or registry.knows(order.vm),
-            doubtful=self._shell.instances.doubted(order.vm, order.name),
             request_id=order.request_id,
         )
 
@@ -279,8 +278,6 @@ class Coordinator:
         elif intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:
             code, reason = FenceCode.FAILED, "the host daemon was down at its end; the outcome is unknown"
         else:
-            doubted = self._shell.instances.doubted(intent.vm, intent.name)
-            intent = replace(intent, doubtful=intent.doubtful or doubted)
             _log.info("op=%s vm=%s: taken up again after a restart (%s)", operation, intent.vm, phase.value)
             self._new_run(intent).publish(intent)
             return

@@ -63,7 +63,6 @@ class Intent:
     named: tuple[Process, ...]  # every incarnation found: alive, or recorded without a proven end
     recognised: bool  # the VM was seen once, or the policy names its UUID (S1, *a VM never seen*)
     request_id: bytes
-    doubtful: bool = False  # its identity was in doubt when it was ordered: look before anything is destroyed
     resumed: Phase | None = None  # taken up again after a restart: the last phase that was durable
 
 

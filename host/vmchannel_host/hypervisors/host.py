@@ -18,7 +18,9 @@ from vmchannel_host.hypervisors import (
     HypervisorError,
     HypervisorEvent,
     NotProven,
+    Plugged,
 )
+from vmchannel_host.hypervisors.plugging import Plugging
 from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, Unidentified
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.resetting import reset_instance
@@ -32,6 +34,7 @@ from vmchannel_host.model import (
     InstanceReset,
     IoState,
     Look,
+    PortName,
     ProcessIdentity,
     VmUuid,
 )
@@ -53,6 +56,7 @@ class HostHypervisor:
         *,
         host: HostName,
         clock: Callable[[], float],
+        ports: str,
         scan_s: float = SCAN_S,
     ) -> None:
         """
@@ -63,6 +67,7 @@ class HostHypervisor:
                 VM the others are not asked.
             host: this host's name, for the evidence.
             clock: CLOCK_BOOTTIME in seconds.
+            ports: our directory for the sockets of ports that are plugged in.
             scan_s: between two scans, seconds.
         """
         self._watch = watch
@@ -71,6 +76,7 @@ class HostHypervisor:
         self._host = host
         self._clock = clock
         self._scan_s = scan_s
+        self._plugging = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
         self._last_problems: frozenset[str] = frozenset()
 
     @property
@@ -103,12 +109,7 @@ class HostHypervisor:
             raise HypervisorError(f"{identity}: no monitor tells what happened to it")
         await watched.monitor.run_state(timeout_s=timeout_s)
 
-    def doubts(self) -> tuple[str, ...]:
-        """What is doubtful about identities, by the last scan; see `Hypervisor.doubts`."""
-        told = (f"{conflict}" for conflict in self._conflicts())
-        return (*sorted(self._last_problems), *told, *self._watch.table.conflicts())
-
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         """See `Hypervisor.look`. A VM of which nothing can be said is in `silent`.
 
         Raises:
@@ -121,7 +122,9 @@ class HostHypervisor:
         unknown = await self._watch.judge_unknown(scan)
         async with asyncio.TaskGroup() as tasks:
             asked = [
-                tasks.create_task(source.ask(vm, deadline=deadline), name="ask") for source in self._sources
+                tasks.create_task(source.ask(vm, deadline=deadline), name="ask")
+                for source in self._sources
+                if monitors
             ]
         answers = [one.result() for one in asked]
         if self._watch.stopped:  # what was watched is forgotten: nothing found would mean nothing
@@ -222,6 +225,16 @@ class HostHypervisor:
             raise CannotStart(f"VM {vm} is defined in {' and in '.join(map(str, able))}: undefine it in one")
         await (able or [own])[0].start(vm, name, timeout_s=timeout_s)
         self._watch.rescan.set()
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        """Plug a port into the running VM; a bare QEMU has no persistent definition (`Plugged.advice`)."""
+        return await self._plugging.attach(vm, port, timeout_s=timeout_s)
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        """Take a port away; see `Hypervisor.detach_port`."""
+        return await self._plugging.detach(vm, port, force=force, timeout_s=timeout_s)
 
     def _absent(self, identity: ProcessIdentity, proof: EndProof | None) -> InstanceEnded:
         if proof is None:

@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from qemu.qmp import EventListener, Message, QMPClient
+from qemu.qmp import EventListener, Message, QMPClient, Runstate
+
+from vmchannel_host.hypervisors.monitors import MonitorClosed, MonitorMute
 
 MAX_MESSAGE_BYTES = 128 * 1024
 """Longest line taken from a monitor, in bytes; query-chardev with 500 chardevs is half of it."""
@@ -59,6 +61,22 @@ class Client(QMPClient):
             cast(Any, self._writer.transport).max_size = READ_BYTES
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(fetch_error)
+
+    def pass_fd(self, fd: int, path: str) -> None:
+        """Send a descriptor beside the stream: QEMU keeps it for the next `getfd`.
+
+        The blank that carries it may not fall into the middle of a command that is not yet sent whole.
+        """
+        if self._writer is None or self.runstate != Runstate.RUNNING:
+            raise MonitorClosed(f"{path}: closed")
+        if self._writer.transport.get_write_buffer_size():
+            raise MonitorMute(f"{path}: QEMU does not read")
+        try:
+            self.send_fd_scm(fd)
+        except BlockingIOError as error:
+            raise MonitorMute(f"{path}: QEMU does not read") from error
+        except OSError as error:
+            raise MonitorClosed(f"{path}: {error.strerror or error}") from error
 
     def _schedule_disconnect(self) -> None:
         super()._schedule_disconnect()

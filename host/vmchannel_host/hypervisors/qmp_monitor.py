@@ -171,6 +171,14 @@ class Monitor:
         if not proven:
             raise MonitorClosed(f"{self.path}: closed before the RESET event")
 
+    async def give_fd(self, name: str, fd: int, *, timeout_s: float) -> None:
+        """Hand QEMU a copy of a file descriptor, under a name that a command can use once.
+
+        Raises: as `execute`.
+        """
+        self._client.pass_fd(fd, self.path)
+        await self.execute("getfd", {"fdname": name}, timeout_s=timeout_s)
+
     async def wait_closed(self) -> None:
         """Wait until the stream has been read to its end and every event in it was handed on."""
         while self.open:

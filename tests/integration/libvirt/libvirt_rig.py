@@ -109,7 +109,15 @@ async def watching(
     qmp = QmpSockets(QmpSettings(sockets=tuple(sockets), timings=QUICK), watch)
     launcher = Launcher({}, systemd=Path("/nonexistent"))
     host = LibvirtHost(
-        HostHypervisor(watch, (qmp, *libvirts), (launcher, *libvirts), host=HOST, clock=boottime, scan_s=0.2)
+        HostHypervisor(
+            watch,
+            (qmp, *libvirts),
+            (launcher, *libvirts),
+            host=HOST,
+            clock=boottime,
+            ports="/nonexistent",
+            scan_s=0.2,
+        )
     )
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(host.hypervisor.run(), name="hypervisor")

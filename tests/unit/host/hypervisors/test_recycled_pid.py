@@ -49,7 +49,7 @@ def table(proc: Proc, *, before_open: int, event: Callable[[], None]) -> Process
 def hypervisor(processes: ProcessTable) -> HostHypervisor:
     host = HostName("hv1")
     watch = ProcessWatch(processes, host=host, clock=lambda: 0.0)
-    return HostHypervisor(watch, (), (Launcher({}),), host=host, clock=lambda: 0.0)
+    return HostHypervisor(watch, (), (Launcher({}),), host=host, clock=lambda: 0.0, ports="/nonexistent")
 
 
 @pytest.mark.parametrize("before_open", [1, 2])
