@@ -22,6 +22,7 @@ from typing import Final
 
 from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute
 from vmchannel_host.hypervisors.plug_words import (
     CONTROLLER_ID,
     MAX_PATH,
@@ -35,7 +36,7 @@ from vmchannel_host.hypervisors.plug_words import (
     socket_path,
     start_arguments,
 )
-from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor, MonitorMute, read_run_state
+from vmchannel_host.hypervisors.qmp_monitor import Monitor, read_run_state
 from vmchannel_host.hypervisors.qmp_state import (
     NAMED,
     UNNAMED,
@@ -126,6 +127,9 @@ class Plugging:
         if watched.monitor is None or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
+        if not isinstance(watched.monitor, Monitor):
+            reason = f"{watched.monitor.path} runs it, and plugging through libvirt is not supported yet"
+            raise PlugError(PlugProblem.NO_MONITOR, reason, "use `virsh attach-device` or `detach-device`")
         qemu = _Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
         try:
             await _check_state(qemu)
