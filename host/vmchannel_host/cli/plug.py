@@ -15,7 +15,7 @@ from vmchannel_host.cli.http_client import AdminClient, CliError, Doc, docs
 
 _GRACE_S: Final = 10.0  # beyond the daemon's own time-out
 
-_LEFT_ALONE: Final = ("not_running", "not_ours")
+_LEFT_ALONE: Final = ("not_running", "not_ours", "unsupported")
 """What `detach --all` passes by: there is nothing that an attach has made."""
 
 

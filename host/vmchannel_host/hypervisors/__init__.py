@@ -38,6 +38,7 @@ class PlugProblem(Enum):
     BUSY = "busy"  # a fence, another plugging, several instances
     MIGRATING = "migrating"  # what is plugged into one end of a migration is missing at the other
     NO_MONITOR = "no_monitor"  # nobody there to ask
+    UNSUPPORTED = "unsupported"  # what runs it gives us no way to plug
     NO_SLOT = "no_slot"  # no controller takes another port, and none can be added
     NOT_OURS = "not_ours"  # the VM was started with that port
     UNSUITABLE = "unsuitable"  # a port of that name is there and cannot be served
@@ -147,6 +148,14 @@ class Hypervisor(Protocol):
         Raises:
             NotProven: `timeout_s` passed and the process was not seen to end. It may be alive.
             HypervisorError: the process at that pid is not the one named: nothing was done.
+        """
+        ...
+
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        """Remove saved memory from which the VM could be continued (S0); its processes have ended.
+
+        Never fails: what is left, or cannot be seen, makes the VM silent in the next look. Returns what was
+        removed, a line for each.
         """
         ...
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from vmchannel_host.hypervisors.monitors import CommandRefused
 from vmchannel_host.hypervisors.plug_words import backend_of, parse_buses
-from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor
+from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.hypervisors.qmp_state import (
     NAMED,
     UNNAMED,
