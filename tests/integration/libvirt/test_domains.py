@@ -26,7 +26,7 @@ from tests.rig.kernel import RigError
 from tests.rig.libvirtd import Domain, Libvirtd
 from vmchannel_host.hypervisors import CannotStart, HypervisorError
 from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
-from vmchannel_host.model import EndCause, EndProof, IoState, Migration, RunState
+from vmchannel_host.model import EndCause, EndProof, IoState, Look, Migration, RunState
 
 
 @pytest.mark.parametrize("which", ["libvirtd", "system_libvirtd"])
@@ -56,6 +56,10 @@ async def test_a_domain_is_seen_ended_and_booted_again(which: str, request: pyte
 def _booked(libvirtd: Libvirtd, domain: Domain) -> str | None:
     said = libvirtd.virsh("domstate", "--reason", domain.uuid)
     return said if said.startswith("shut off") else None
+
+
+def _count(look: Look, domain: Domain) -> int:
+    return sum(one.vm_uuid == domain.uuid for one in look.instances)
 
 
 async def test_a_paused_domain_is_on_and_its_end_is_proven(libvirtd: Libvirtd) -> None:
@@ -154,10 +158,8 @@ async def test_a_stray_qemu_of_a_domains_uuid_is_an_instance_beside_it(libvirtd:
     async with watching(libvirtd) as host:
         own = await host.until_running(domain)
         stray = rig.qemu(vm_uuid=vm_of(domain))
-        found = await host.until_look(
-            domain, lambda look: [one for one in look.instances if one.vm_uuid == domain.uuid][1:] and look
-        )
-        states = {one.identity.pid: one.run_state for one in found.instances if one.vm_uuid == domain.uuid}
+        look = await host.until_look(domain, lambda look: look if _count(look, domain) == 2 else None)
+        states = {one.identity.pid: one.run_state for one in look.instances if one.vm_uuid == domain.uuid}
         assert states == {own.identity.pid: RunState.RUNNING, stray.pid: RunState.UNKNOWN}
         assert (await host.off(own.identity)).cause is EndCause.TERM
         (left,) = await host.instances(domain)
@@ -200,10 +202,7 @@ async def test_what_two_libvirts_define_is_ended_in_both_and_started_in_neither(
     libvirtd.create(domain)
     system_libvirtd.create(twin)
     async with watching(libvirtd, system_libvirtd) as host:
-        look = await host.until_look(
-            domain,
-            lambda look: look if sum(one.vm_uuid == domain.uuid for one in look.instances) == 2 else None,
-        )
+        look = await host.until_look(domain, lambda look: look if _count(look, domain) == 2 else None)
         for one in look.instances:
             if one.vm_uuid == domain.uuid:
                 assert (await host.off(one.identity)).proof is EndProof.PIDFD

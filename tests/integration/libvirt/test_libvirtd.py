@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libvirtds that hang, die and come back; memory that they keep. No fence waits for them, and none is false."""
+"""libvirtds that hang, die and come back; memory that they keep. No fence waits, and none is false."""
 
 from __future__ import annotations
 
@@ -213,9 +213,8 @@ async def test_a_libvirt_that_cannot_be_used_is_said_once_and_stops_nothing(
 
     domain = a_domain(own)
     own.create(domain)
-    async with watching(
-        own, open_libvirt=refuse, patience=Patience(first_retry_s=0.01, last_retry_s=0.01)
-    ) as host:
+    eager = Patience(first_retry_s=0.01, last_retry_s=0.01)
+    async with watching(own, open_libvirt=refuse, patience=eager) as host:
         (instance,) = await host.instances(domain)
         assert (instance.run_state, instance.configured) == (RunState.UNKNOWN, False)
         for _ in range(3):
