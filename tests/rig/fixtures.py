@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.rig.accel import accelerator
+from tests.rig.debian_image import build_debian_image
 from tests.rig.guest import Guest
 from tests.rig.image import Image, build_image, default_cache, require_tools
 from tests.rig.qemu import VmSpec
@@ -44,6 +45,14 @@ def image() -> Iterator[Image]:
     require_tools()
     with tempfile.TemporaryDirectory(prefix="vmc-image-") as folder:
         yield build_image(default_cache(), Path(folder))
+
+
+@pytest.fixture(scope="session")
+def debian() -> Iterator[Image]:
+    """The Debian image of this checkout, with the host daemon in it too."""
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix="vmc-image-") as folder:
+        yield build_debian_image(default_cache(), Path(folder), host=True)
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +141,7 @@ __all__ = [
     "attach",
     "boot",
     "boot_shared",
+    "debian",
     "image",
     "rig_dir",
     "shared_rig_dir",
