@@ -28,6 +28,7 @@ _HOST_COMMANDS = {
     "/usr/bin/vmchanneld": "vmchannel_host.main",
     "/usr/bin/vmchannelctl": "vmchannel_host.cli.main",
 }
+_GUEST_UNITS = ("vmchannel-guestd.service", "pacemaker.service.d/50-vmchannel.conf")
 _PRODUCT = "/product"
 
 
@@ -89,13 +90,14 @@ def _add_product(tree: Tree, cache: Path, *, host: bool) -> None:
         tree.add(_PRODUCT + command, regular(text.encode(), executable=True))
     agent = regular(launcher_text([str(DIST_PACKAGES)]).encode(), executable=True)
     tree.add(f"{_PRODUCT}{AGENT_FOLDER}/{AGENT}", agent)
+    units = "/usr/lib/systemd/system"
     shipped = {
-        "guest/systemd/vmchannel-guestd.service": "/usr/lib/systemd/system/vmchannel-guestd.service",
+        **{f"guest/systemd/{name}": f"{units}/{name}" for name in _GUEST_UNITS},
         "guest/udev/60-vmchannel-guest.rules": "/usr/lib/udev/rules.d/60-vmchannel-guest.rules",
     }
     if host:
         _add_qmp(tree, cache)
-        shipped["host/systemd/vmchanneld.service"] = "/usr/lib/systemd/system/vmchanneld.service"
+        shipped["host/systemd/vmchanneld.service"] = f"{units}/vmchanneld.service"
         shipped["host/systemd/vmchannel-host.sysusers.conf"] = "/usr/lib/sysusers.d/vmchannel-host.conf"
         shipped["host/config/host.yaml"] = "/etc/vmchannel/host.yaml"
     for source, target in shipped.items():
@@ -103,10 +105,10 @@ def _add_product(tree: Tree, cache: Path, *, host: bool) -> None:
 
 
 def _add_package(tree: Tree, cache: Path, name: str, folder: Path) -> None:
-    for source in folder.rglob("*.py"):
+    for source in (*folder.rglob("*.py"), *folder.rglob("*.xml")):
         path = DIST_PACKAGES / name / source.relative_to(folder)
         tree.copy(source, f"{_PRODUCT}{path}")
-        if compiled := byte_code(cache, source, path):
+        if source.suffix == ".py" and (compiled := byte_code(cache, source, path)):
             target = path.parent / "__pycache__" / f"{path.stem}.{sys.implementation.cache_tag}.pyc"
             tree.copy(compiled, f"{_PRODUCT}{target}")
 

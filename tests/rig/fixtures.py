@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,16 +65,20 @@ def accel(image: Image) -> str:
 @pytest.fixture
 def rig_dir() -> Iterator[Path]:
     """A short, empty folder (unix socket paths end at 107 bytes); every QEMU that names it is ended."""
-    yield from _rig_dir()
+    with make_rig_dir() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def shared_rig_dir() -> Iterator[Path]:
     """`rig_dir` for a whole module."""
-    yield from _rig_dir()
+    with make_rig_dir() as folder:
+        yield folder
 
 
-def _rig_dir() -> Iterator[Path]:
+@contextmanager
+def make_rig_dir() -> Generator[Path, None, None]:
+    """What `rig_dir` gives, for a fixture of another scope."""
     folder = Path(tempfile.mkdtemp(prefix="vmc-", dir="/tmp"))
     try:
         yield folder
@@ -143,6 +148,7 @@ __all__ = [
     "boot_shared",
     "debian",
     "image",
+    "make_rig_dir",
     "rig_dir",
     "shared_rig_dir",
 ]

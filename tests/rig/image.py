@@ -32,7 +32,7 @@ PACKAGES = {
     "vmchannel_agents": CHECKOUT / "agents" / "vmchannel_agents",
 }
 LAUNCHERS = {
-    "/usr/sbin/fence_vmchannel": "vmchannel_agents.fence_agent",
+    "/usr/sbin/fence_vmchannel": "vmchannel_agents.entry",
     "/usr/sbin/vmchannel-guestd": "vmchannel_guest.main",
     "/usr/bin/vmchannel": "vmchannel_guest.cli",
 }
