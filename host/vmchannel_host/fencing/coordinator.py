@@ -235,7 +235,7 @@ class Coordinator:
             return
         try:
             intent = codec.read_intent(operation, bodies[codec.INTENT][0], Phase.STARTING)
-        except (codec.Unreadable, ValueError) as error:
+        except codec.Unreadable as error:
             _log.error("op=%s: unreadable intent: %s", operation, error)
             return
         if intent.boot_id == self._boot_id and self._shell.clock() < intent.end:
@@ -259,9 +259,9 @@ class Coordinator:
         operation, backup = past.operation, self._shell.journal.restored
         restored = backup.seq if backup is not None else 0
         try:
-            phase = Phase(past.phases[-1]) if past.phases else Phase.BEGUN
+            phase = codec.read_phase(past.phases[-1]) if past.phases else Phase.BEGUN
             intent = codec.read_intent(operation, past.body, phase)
-        except (codec.Unreadable, ValueError) as error:
+        except codec.Unreadable as error:
             _log.error("op=%s: unreadable intent: %s", operation, error)
             lost: codec.Body = {"ok": False, "code": "failed", "reason": "the intent cannot be read"}
             await self._shell.journal.append(codec.OUTCOME, operation, lost)
