@@ -255,6 +255,7 @@ class Hub:
         else:
             endpoint.connection.set_limits(terms.limits)
             endpoint.belong(peer, observer)
+            endpoint.abandon(terms.keeps)  # the peer is away until it has greeted this process
         entry = Peer(peer, endpoint, connector, terms, owner, mute_rounds=1 if role is Role.HOST else 0)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
