@@ -20,6 +20,7 @@ from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub, boot_clock
 from fence_vmchannel.messages import FENCE_SERVICE, REQUEST_ID_BYTES, FenceAction, FenceAnswer
+from fence_vmchannel.pace import Pace
 from vmchannel_host.admin.daemon_view import Health, View, journal_state
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.listener import AdminSocketError
@@ -56,7 +57,6 @@ from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
 from vmchannel_host.model import PidNamespace, VmUuid
 from vmchannel_host.notify import Notifier
-from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
 from vmchannel_host.port_terms import terms_of_port

@@ -28,6 +28,7 @@ from fence_vmchannel.messages import (
     decode_message,
     encode_message,
 )
+from fence_vmchannel.pace import Pace
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
@@ -44,7 +45,6 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, StoredRequest
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import BootId, HostName, OperationId, VmUuid
-from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
 
