@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import fence_vmchannel
 from fence_vmchannel.access import ROOT_ONLY, AccessRules
@@ -76,6 +76,8 @@ CHECK_S: Final = 15.0
 
 FIXED: Final = ("host", "paths", "ports", "limits", "cluster")
 """What a running daemon cannot change: a reload keeps it. New QMP socket globs take a restart too."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -196,15 +198,28 @@ class Daemon:
         try:
             config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            journal = await self._open_journal(config)
+            journal = await self._unless_stopped(self._open_journal(config))
         except (JournalError, OSError) as error:
             raise StartError(str(error)) from error
+        if journal is None:
+            return
         try:
             await self._run_with(journal)
         except LinkError as error:  # another daemon keeps its sessions where ours are
             raise StartError(str(error)) from error
         finally:
             await journal.close()
+
+    async def _unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
+        """What comes of `work`; None when `stop` comes before: a disk may be dead."""
+        task = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            stopping.cancel()
+            task.cancel()
 
     async def _open_journal(self, config: HostConfig) -> Journal:
         """One that cannot be used is taken too: whoever asks for a fence or for what is wrong is told why."""
