@@ -346,7 +346,12 @@ class Daemon:
         def machine(paths: Sequence[str], timeout_s: float) -> MachineFacts:
             problems = [str(one) for one in check_config(self._file)] if self._file is not None else []
             return collect(
-                settings.config, ports=paths, daemon=os.getpid(), problems=problems, timeout_s=timeout_s
+                settings.config,
+                ports=paths,
+                daemon=os.getpid(),
+                problems=problems,
+                timeout_s=timeout_s,
+                pid_namespace=parts.processes.pid_namespace,
             )
 
         return Doctor(
