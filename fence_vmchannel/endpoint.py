@@ -21,6 +21,11 @@ from fence_vmchannel.logs import RateLimitedLog, quoted
 from fence_vmchannel.peers import PeerInfo
 from fence_vmchannel.shell import Shell
 
+_FAR_S = 5.0
+_GRID_S = 0.25
+"""What is due later than `_FAR_S` waits for the next multiple of this, seconds: the heartbeats of a thousand
+sessions then wake the process four times a second instead of seventy."""
+
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
 
@@ -273,8 +278,12 @@ class Endpoint(Shell):
             self._timer.cancel()
         if due == math.inf:
             return
+        left_s = due - self._clock()
+        if left_s > _FAR_S:
+            due = math.ceil(due / _GRID_S) * _GRID_S
+            left_s = due - self._clock()
         self._timer_due = due
-        self._timer = self._loop.call_later(max(0.0, due - self._clock()), self._on_timer)
+        self._timer = self._loop.call_later(max(0.0, left_s), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -42,8 +42,13 @@ from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.run import FenceSettings, Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.hot_plug import HotPlug
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.libvirt.binding import open_link
+from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import (
     HOST_PID_NAMESPACE,
@@ -51,7 +56,9 @@ from vmchannel_host.hypervisors.process import (
     read_boot_id,
     read_pid_namespace,
 )
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
+from vmchannel_host.hypervisors.source import Source, Starter
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
@@ -95,6 +102,7 @@ class Parts:
     clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
     wall_clock: Callable[[], float] = time.time
     random_bytes: Callable[[int], bytes] = os.urandom
+    open_libvirt: OpenLink = open_link
 
 
 def real_parts() -> Parts:
@@ -154,13 +162,7 @@ class Daemon:
         self._health = Health()
         self._stop = asyncio.Event()
         self._launcher = Launcher(_start_commands(config))
-        self._hypervisor: Hypervisor = QmpHypervisor(
-            QmpSettings(sockets=tuple(glob for one in config.hypervisors for glob in one.sockets)),
-            host=config.host,
-            processes=parts.processes,
-            launcher=self._launcher,
-            clock=parts.clock,
-        )
+        self._hypervisor: Hypervisor = _hypervisor(config, parts, self._launcher)
         self._coordinator: Coordinator | None = None
         self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
         self._registry.expect(self._settings.policy.named_uuids())
@@ -332,6 +334,15 @@ class Daemon:
                 rules=lambda: core.coordinator.settings.rules,
                 running=core.coordinator.running,
             ),
+            hot_plug=HotPlug(
+                plugs=self._hypervisor,
+                directory=self._registry.directory,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                running=core.coordinator.running,
+                log=core.journal,
+                prefix=self._settings.config.ports.prefix,
+            ),
             journal=core.journal,
             feed=core.feed,
             health=self._health,
@@ -472,8 +483,25 @@ def _warn_of_namespace(own: PidNamespace) -> None:
         )
 
 
+def _hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+    """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
+    watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
+    globs = tuple(glob for one in config.qmp for glob in one.sockets)
+    libvirts = tuple(
+        LibvirtSource(
+            LibvirtSettings(one.uri, one.saves), watch, parts.open_libvirt, wall_clock=parts.wall_clock
+        )
+        for one in config.libvirt
+    )
+    sources: tuple[Source, ...] = (QmpSockets(QmpSettings(sockets=globs), watch), *libvirts)
+    starters: tuple[Starter, ...] = (launcher, *libvirts)
+    return HostHypervisor(
+        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+    )
+
+
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:
-    return {vm: command for one in config.hypervisors for vm, command in one.start.items()}
+    return {vm: command for one in config.qmp for vm, command in one.start.items()}
 
 
 def _fence_settings(config: HostConfig) -> FenceSettings:

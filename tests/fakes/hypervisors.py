@@ -14,6 +14,9 @@ from vmchannel_host.hypervisors import (
     HypervisorError,
     HypervisorEvent,
     NotProven,
+    PlugError,
+    Plugged,
+    PlugProblem,
     Seen,
 )
 from vmchannel_host.model import (
@@ -27,6 +30,7 @@ from vmchannel_host.model import (
     IoState,
     Look,
     Migration,
+    PortName,
     ProcessIdentity,
     RunState,
     UnknownProcess,
@@ -55,7 +59,10 @@ class FakeHypervisor:
         self.cause = EndCause.QUIT
         self.startable: set[VmUuid] = set()
         self.mute: set[ProcessIdentity] = set()  # monitors that do not answer
+        self.saved: dict[VmUuid, bool] = {}  # VMs with saved memory, and whether it can be removed
         self.boot_s = 0.5  # from start to running
+        self.plugged: dict[VmUuid, set[PortName]] = {}  # ports that were attached
+        self.plug_fails: PlugError | None = None
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
         self._acts_begun: dict[str, asyncio.Event] = {}
@@ -143,7 +150,16 @@ class FakeHypervisor:
         self._begun("look").set()
         at = self.clock()
         await asyncio.sleep(self.delay_s)
-        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts, self.unknown)
+        saved = tuple((vm_uuid, "a managed save of it exists") for vm_uuid in self.saved)
+        silent = self.silent + saved
+        return Look(HOST, at, tuple(self.instances.values()), silent, self.conflicts, self.unknown)
+
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        if not self.saved.get(vm, False):
+            return ()
+        self.note(f"discard {vm}")
+        del self.saved[vm]
+        return ("managed save removed",)
 
     async def off(
         self,
@@ -191,6 +207,29 @@ class FakeHypervisor:
         await asyncio.sleep(self.delay_s)
         identity = self.add(vm, name, run_state=RunState.PRELAUNCH)
         asyncio.get_running_loop().call_later(self.boot_s, self._boot, identity)
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        ports = await self._plugging(vm, f"attach {port}")
+        there = port in ports
+        ports.add(port)
+        return Plugged(not there, (port,), () if there else ("it is there until the VM ends",))
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        ports = await self._plugging(vm, f"detach {port}")
+        gone = tuple(sorted(ports if port is None else ports & {port}))
+        ports.difference_update(gone)
+        return Plugged(bool(gone), gone)
+
+    async def _plugging(self, vm: VmUuid, act: str) -> set[PortName]:
+        self.note(act)
+        await asyncio.sleep(self.delay_s)
+        if self.plug_fails is not None:
+            raise self.plug_fails
+        if not any(identity.vm_uuid == vm for identity in self.instances):
+            raise PlugError(PlugProblem.NOT_RUNNING, "it does not run here", "start it")
+        return self.plugged.setdefault(vm, set())
 
     def _boot(self, identity: ProcessIdentity) -> None:
         instance = self.instances.get(identity)

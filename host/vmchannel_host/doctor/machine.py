@@ -50,7 +50,7 @@ def collect(
         pid_namespace: in which the daemon runs; None: this process's.
     """
     deadline = time.monotonic() + timeout_s
-    globs = (pattern for one in config.hypervisors for pattern in one.sockets)
+    globs = (pattern for one in config.qmp for pattern in one.sockets)
     paths = sorted({path for pattern in globs for path in islice(glob.iglob(pattern), MAX_SOCKETS)})
     monitors: list[_Wanted] = [("monitor", path) for path in paths]
     chardevs: list[_Wanted] = [("port", path) for path in ports]

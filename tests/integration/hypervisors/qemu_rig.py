@@ -17,14 +17,16 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tests.fakes import qmp_server
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id, read_pid_namespace
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
 from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, ProcessIdentity, VmUuid
 
@@ -166,7 +168,7 @@ def _listens(path: Path) -> bool:
 class Host:
     """A hypervisor under test, with what it has reported."""
 
-    def __init__(self, hypervisor: QmpHypervisor) -> None:
+    def __init__(self, hypervisor: HostHypervisor) -> None:
         self.hypervisor = hypervisor
         self.seen: list[HypervisorEvent] = []
         self._changed = asyncio.Event()
@@ -262,12 +264,22 @@ def make_host(
     timings: Timings = QUICK,
     processes: ProcessTable | None = None,
 ) -> Host:
-    settings = QmpSettings(sockets=(str(directory / sockets),), scan_s=0.2, ask_s=1.0, timings=timings)
+    settings = QmpSettings(
+        sockets=(str(directory / sockets),),
+        ask_s=1.0,
+        timings=timings,
+    )
     processes = processes or ProcessTable(
         boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), executables=executables
     )
     launcher = Launcher(start or {}, systemd=directory / "no-systemd", patience_s=1.0)
-    return Host(QmpHypervisor(settings, host=HOST, processes=processes, launcher=launcher, clock=boottime))
+    watch = ProcessWatch(processes, host=HOST, clock=boottime)
+    sources = (QmpSockets(settings, watch),)
+    return Host(
+        HostHypervisor(
+            watch, sources, (launcher,), host=HOST, clock=boottime, ports=str(directory / "ports"), scan_s=0.2
+        )
+    )
 
 
 async def command(monitor_path: Path, *commands: str) -> None:
@@ -295,6 +307,26 @@ async def migrate_away(monitor_path: Path, memory: Path) -> None:
     finally:
         await monitor.close()
     assert status == "completed", f"migration {status}"
+
+
+class SecondMonitor:
+    """A monitor of a QEMU that the daemon does not look for; the test asks it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "mine"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What QEMU is started with."""
+        return ("-qmp", f"unix:{self.path},server=on,wait=off")
+
+    async def ask(self, command_name: str, **arguments: object) -> Any:
+        """Give one command; gives its `return`."""
+        monitor = await Monitor.connect(str(self.path), timeout_s=20)
+        try:
+            return await monitor.execute(command_name, arguments or None, timeout_s=20)
+        finally:
+            await monitor.close()
 
 
 class HeldMonitor:
