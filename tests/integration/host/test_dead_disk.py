@@ -31,7 +31,8 @@ from dataclasses import replace
 from pathlib import Path
 from vmchannel_host import logs
 from vmchannel_host.config.loading import load_config
-from vmchannel_host.daemon import build, real_parts
+from vmchannel_host.daemon import build
+from vmchannel_host.parts import real_parts
 from vmchannel_host.main import run
 dead, path = Path(sys.argv[1]), Path(sys.argv[2])
 def clock():
