@@ -6,6 +6,7 @@ Pure. Each check is safe on any tree, also one that breaks its schema, so that a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ from vmchannel_host.config.schema import Violation, show
 from vmchannel_host.config.yaml_text import Document, Path, Position, Value
 
 LATER = "comes with a later release"
+
+NO_QMP = (
+    "qmp needs Python's module qemu.qmp, which is not installed: `apt install python3-qemu-qmp`, or where there is "
+    "no such package (Debian 12 and 13) as vmchanneld(8) says under BARE QEMU"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +101,27 @@ def _vm_text(member: Value) -> str:
 
 
 def _hypervisors(tree: Value) -> Iterator[Violation]:
+    if at(tree, "hypervisors") is None and not _has_qmp():
+        yield Violation(("hypervisors",), False, f"the default, {NO_QMP}")
     for index, entry in enumerate(as_list(at(tree, "hypervisors"))):
         path: Path = ("hypervisors", index)
         if at(entry, "type") == "libvirt":
             yield Violation((*path, "type"), False, f"libvirt {LATER}: remove this entry")
+        if at(entry, "type") == "qmp" and not _has_qmp():
+            yield Violation((*path, "type"), False, NO_QMP)
         for vm, argv in as_mapping(at(entry, "start")).items():
             program = next(iter(as_list(argv)), None)
             if isinstance(program, str) and not program.startswith("/"):
                 message = f"found {show(program)}, expected the absolute path of a program"
                 yield Violation((*path, "start", vm, 0), False, message)
+
+
+def _has_qmp() -> bool:
+    """A look at the machine: without the module such an entry can never work. It is not imported."""
+    try:
+        return importlib.util.find_spec("qemu.qmp") is not None
+    except ModuleNotFoundError:  # not even another part of `qemu`
+        return False
 
 
 def _cluster(tree: Value) -> Iterator[Violation]:
