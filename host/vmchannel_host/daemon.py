@@ -43,7 +43,11 @@ from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
 from vmchannel_host.hot_plug import HotPlug
 from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.libvirt.binding import open_link
+from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import (
     HOST_PID_NAMESPACE,
@@ -51,7 +55,8 @@ from vmchannel_host.hypervisors.process import (
     read_boot_id,
     read_pid_namespace,
 )
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.source import Source, Starter
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
@@ -94,6 +99,7 @@ class Parts:
     clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
     wall_clock: Callable[[], float] = time.time
     random_bytes: Callable[[int], bytes] = os.urandom
+    open_libvirt: OpenLink = open_link
 
 
 def real_parts() -> Parts:
@@ -153,16 +159,7 @@ class Daemon:
         self._health = Health()
         self._stop = asyncio.Event()
         self._launcher = Launcher(_start_commands(config))
-        self._hypervisor: Hypervisor = QmpHypervisor(
-            QmpSettings(
-                sockets=tuple(glob for one in config.hypervisors for glob in one.sockets),
-                ports=str(config.paths.run / "ports"),
-            ),
-            host=config.host,
-            processes=parts.processes,
-            launcher=self._launcher,
-            clock=parts.clock,
-        )
+        self._hypervisor: Hypervisor = _hypervisor(config, parts, self._launcher)
         self._coordinator: Coordinator | None = None
         self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
         self._registry.expect(self._settings.policy.named_uuids())
@@ -465,8 +462,34 @@ def _warn_of_namespace(own: PidNamespace) -> None:
         )
 
 
+def _hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+    """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
+    watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
+    libvirts = tuple(
+        LibvirtSource(
+            LibvirtSettings(one.uri, one.saves), watch, parts.open_libvirt, wall_clock=parts.wall_clock
+        )
+        for one in config.libvirt
+    )
+    sources: tuple[Source, ...] = (*_qmp_sockets(config, watch), *libvirts)
+    starters: tuple[Starter, ...] = (launcher, *libvirts)
+    return HostHypervisor(
+        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+    )
+
+
+def _qmp_sockets(config: HostConfig, watch: ProcessWatch) -> tuple[Source, ...]:
+    """Nothing is imported where there is no bare QEMU: the QMP library may be missing there."""
+    if not config.qmp:
+        return ()
+    from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
+
+    globs = tuple(glob for one in config.qmp for glob in one.sockets)
+    return (QmpSockets(QmpSettings(sockets=globs), watch),)
+
+
 def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:
-    return {vm: command for one in config.hypervisors for vm, command in one.start.items()}
+    return {vm: command for one in config.qmp for vm, command in one.start.items()}
 
 
 def _fence_settings(config: HostConfig) -> FenceSettings:

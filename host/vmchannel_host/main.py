@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import Final, TextIO
 
 import fence_vmchannel
 from vmchannel_host import logs
@@ -23,10 +23,8 @@ from vmchannel_host.config.loading import (
     check_config,
     load_config,
 )
+from vmchannel_host.daemon import Daemon, StartError, build
 from vmchannel_host.notify import Notifier
-
-if TYPE_CHECKING:
-    from vmchannel_host.daemon import Daemon
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -50,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     logs.configure(config.log.level.value, sys.stderr, for_journald="JOURNAL_STREAM" in os.environ)
     gc.set_threshold(*GC_THRESHOLDS)
-    # Not before the configuration is known to be right: what is imported for a hypervisor may be missing.
-    from vmchannel_host.daemon import StartError, build
-
     try:
         notifier = Notifier(os.environ)
         asyncio.run(run(build(config, file=options.config, notifier=notifier), options.config))

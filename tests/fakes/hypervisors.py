@@ -59,6 +59,7 @@ class FakeHypervisor:
         self.cause = EndCause.QUIT
         self.startable: set[VmUuid] = set()
         self.mute: set[ProcessIdentity] = set()  # monitors that do not answer
+        self.saved: dict[VmUuid, bool] = {}  # VMs with saved memory, and whether it can be removed
         self.boot_s = 0.5  # from start to running
         self.plugged: dict[VmUuid, set[PortName]] = {}  # ports that were attached
         self.plug_fails: PlugError | None = None
@@ -149,7 +150,16 @@ class FakeHypervisor:
         self._begun("look").set()
         at = self.clock()
         await asyncio.sleep(self.delay_s)
-        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts, self.unknown)
+        saved = tuple((vm_uuid, "a managed save of it exists") for vm_uuid in self.saved)
+        silent = self.silent + saved
+        return Look(HOST, at, tuple(self.instances.values()), silent, self.conflicts, self.unknown)
+
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        if not self.saved.get(vm, False):
+            return ()
+        self.note(f"discard {vm}")
+        del self.saved[vm]
+        return ("managed save removed",)
 
     async def off(
         self,

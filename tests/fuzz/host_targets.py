@@ -18,11 +18,12 @@ from fence_vmchannel.tlv import decode
 from tests.fakes.conversation import Conversation, seeded_bytes
 from tests.fakes.raw_peer import RawPeer
 from tests.fuzz.target import Target
-from vmchannel_host.admin.json_text import AdminRefusal, dump, parse_order
+from vmchannel_host.admin.json_text import AdminRefusal, dump, parse_order, parse_plug
 from vmchannel_host.admin.view import FenceOrder
 from vmchannel_host.config.yaml_text import MAX_DEPTH, Value, YamlError, parse_yaml
 from vmchannel_host.fencing.codec import Unreadable, read_intent, read_outcome
 from vmchannel_host.fencing.ordered import Phase
+from vmchannel_host.hot_plug import PlugOrder
 from vmchannel_host.hypervisors.cmdline import parse_command_line
 from vmchannel_host.hypervisors.process import parse_stat
 from vmchannel_host.hypervisors.qmp_state import (
@@ -217,7 +218,8 @@ def fuzz_journal(data: bytes) -> None:
 
 
 def fuzz_admin(data: bytes) -> None:
-    """The body of a fence order is an order or an `AdminRefusal` that can be sent."""
+    """The body of an order is an order or an `AdminRefusal` that can be sent."""
+    _plug(data)
     answer = _order_or_refusal(data)
     if isinstance(answer, AdminRefusal):
         assert 400 <= answer.status < 500
@@ -227,6 +229,25 @@ def fuzz_admin(data: bytes) -> None:
     assert len(order.request_id) == 16
     assert 0 < order.timeout_s <= 3600
     order.vm.encode("utf-8")  # it goes into the journal and into logs
+
+
+def _plug(data: bytes) -> None:
+    for attach in (True, False):
+        order = _plug_or_refusal(data, attach=attach)
+        if isinstance(order, AdminRefusal):
+            assert order.status == 400
+            assert dump(order.body).isascii()
+            continue
+        assert 0 < order.timeout_s <= 3600
+        assert order.port or not attach
+        (order.vm + order.port).encode("utf-8")
+
+
+def _plug_or_refusal(data: bytes, *, attach: bool) -> PlugOrder | AdminRefusal:
+    try:
+        return parse_plug(data, "root", attach=attach)
+    except AdminRefusal as refusal:
+        return refusal
 
 
 def _order_or_refusal(data: bytes) -> FenceOrder | AdminRefusal:
@@ -249,6 +270,8 @@ _ORDER: Final = (
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"vm1","timeout_s":40}',
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"\\ud800","timeout_s":40}',
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"vm1","timeout_s":1e400}',
+    b'{"vm":"vm1","port":"org.vmchannel.0","timeout_s":1e3,"force":true}',
+    b'{"vm":"vm1","port":null}',
     b'{"a":1,"a":2}',
     b"[" * 100_000,
     b"9" * 5_000,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fence_vmchannel.messages import FENCE_SERVICE
-from vmchannel_host.config.model import FencingConfig, PortsConfig
+from vmchannel_host.config.model import FencingConfig, LibvirtConfig, PortsConfig
 from vmchannel_host.config.scalars import parse_duration, parse_vm
 from vmchannel_host.config.schema import Violation, show
 from vmchannel_host.config.yaml_text import Document, Path, Position, Value
@@ -19,8 +19,8 @@ from vmchannel_host.config.yaml_text import Document, Path, Position, Value
 LATER = "comes with a later release"
 
 NO_QMP = (
-    "qmp needs Python's module qemu.qmp, which is not installed: `apt install python3-qemu-qmp`, or where there is "
-    "no such package (Debian 12 and 13) as vmchanneld(8) says under BARE QEMU"
+    "qmp needs Python's module qemu.qmp, which is not installed: `apt install python3-qemu-qmp`, "
+    "or where there is no such package (Debian 12 and 13) as vmchanneld(8) says under BARE QEMU"
 )
 
 
@@ -101,13 +101,13 @@ def _vm_text(member: Value) -> str:
 
 
 def _hypervisors(tree: Value) -> Iterator[Violation]:
-    if at(tree, "hypervisors") is None and not _has_qmp():
+    if at(tree, "hypervisors") is None and not _is_installed("qemu.qmp"):
         yield Violation(("hypervisors",), False, f"the default, {NO_QMP}")
+    seen: set[str] = set()
     for index, entry in enumerate(as_list(at(tree, "hypervisors"))):
         path: Path = ("hypervisors", index)
-        if at(entry, "type") == "libvirt":
-            yield Violation((*path, "type"), False, f"libvirt {LATER}: remove this entry")
-        if at(entry, "type") == "qmp" and not _has_qmp():
+        yield from _libvirt(entry, path, seen)
+        if at(entry, "type") == "qmp" and not _is_installed("qemu.qmp"):
             yield Violation((*path, "type"), False, NO_QMP)
         for vm, argv in as_mapping(at(entry, "start")).items():
             program = next(iter(as_list(argv)), None)
@@ -116,11 +116,26 @@ def _hypervisors(tree: Value) -> Iterator[Violation]:
                 yield Violation((*path, "start", vm, 0), False, message)
 
 
-def _has_qmp() -> bool:
-    """A look at the machine: without the module such an entry can never work. It is not imported."""
+def _libvirt(entry: Value, path: Path, seen: set[str]) -> Iterator[Violation]:
+    if at(entry, "type") != "libvirt":
+        return
+    given = at(entry, "uri")
+    uri = given if isinstance(given, str) else LibvirtConfig().uri
+    if uri in seen:
+        yield Violation((*path, "uri") if given else path, False, f"{show(uri)} stands there already")
+    seen.add(uri)
+    if uri != LibvirtConfig().uri and at(entry, "saves") is None:
+        message = "the key 'saves' is missing: where managed saves are is known of qemu:///system only"
+        yield Violation(path, False, message)
+    if not _is_installed("libvirt"):
+        yield Violation((*path, "type"), False, "libvirt's Python module is not installed (python3-libvirt)")
+
+
+def _is_installed(module: str) -> bool:
+    """The one look at the machine here: without its module an entry can never work. It is not imported."""
     try:
-        return importlib.util.find_spec("qemu.qmp") is not None
-    except ModuleNotFoundError:  # not even another part of `qemu`
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
         return False
 
 

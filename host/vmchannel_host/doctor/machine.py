@@ -49,7 +49,7 @@ def collect(
         timeout_s: what is not looked at by then is left out, and `late` says so.
     """
     deadline = time.monotonic() + timeout_s
-    globs = (pattern for one in config.hypervisors for pattern in one.sockets)
+    globs = (pattern for one in config.qmp for pattern in one.sockets)
     paths = sorted({path for pattern in globs for path in islice(glob.iglob(pattern), MAX_SOCKETS)})
     monitors: list[_Wanted] = [("monitor", path) for path in paths]
     chardevs: list[_Wanted] = [("port", path) for path in ports]

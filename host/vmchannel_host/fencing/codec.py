@@ -175,6 +175,7 @@ def _look(report: LookReport, vm: VmUuid) -> dict[str, Json]:
         ],
         "silent": [evidence.cut(reason) for reason in evidence.silent_reasons(report.look, vm)],
         "unproven": [_process(Process(report.look.host, one)) for one in report.unproven],
+        "removed": [evidence.cut(line) for line in report.removed],
         "departed": evidence.cut(report.departed),
         "conflict": evidence.cut(report.conflict),
     }

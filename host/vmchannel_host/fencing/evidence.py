@@ -177,7 +177,12 @@ def end_line(end: InstanceEnded) -> str:
         return f"{who} gone before we acted: {how}, {io}{away}"
     if end.proof is not EndProof.PIDFD:
         return f"{who} killed before a restart of the daemon, its end unseen: no such process, {io}{away}"
-    by = {EndCause.QUIT: "by quit", EndCause.KILL: "by SIGKILL", EndCause.NONE: "by itself"}[end.cause]
+    by = {
+        EndCause.QUIT: "by quit",
+        EndCause.TERM: "by SIGTERM",
+        EndCause.KILL: "by SIGKILL",
+        EndCause.NONE: "by itself",
+    }[end.cause]
     return f"{who} gone after {end.elapsed_ms} ms: {end.proof.value}, {by}, {io}{away}"
 
 

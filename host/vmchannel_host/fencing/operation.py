@@ -230,6 +230,8 @@ class Operation:
         alive = self._alive()
         if self._destroys:
             return self._destroy(alive)
+        if not alive and self.intent.action is FenceAction.REBOOT and self._silence():
+            return self._destroy(alive)  # S0: the look after it removes saved memory first
         if not alive:
             return self._off_or_doubt()
         if self.intent.action is FenceAction.ON:
@@ -406,8 +408,10 @@ class Operation:
         self._round += 1
         self._reports = {}
         monitors = not (self._state is OperationState.SURVEYING and self._destroys)
+        discard = self._state is OperationState.LOOKING and self.intent.action is not FenceAction.ON
         return tuple(
-            TakeLook(host, self._round, delay_s, self.conclude_by, monitors) for host in self.intent.hosts
+            TakeLook(host, self._round, delay_s, self.conclude_by, monitors, discard)
+            for host in self.intent.hosts
         )
 
     def _look_once_more(self) -> tuple[Command, ...]:
@@ -418,6 +422,7 @@ class Operation:
         if report.round != self._round or report.look.host not in self.intent.hosts:
             return ()
         self._reports[report.look.host] = report
+        self._lines += [f"{line} on {report.look.host}" for line in report.removed]
         if self._state is not OperationState.STARTING:
             # Once seen it is owed a proof, even if the next look does not show it.
             self._owed |= evidence.instances_of((report,), self.intent.vm).keys()

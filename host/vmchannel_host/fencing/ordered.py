@@ -109,6 +109,7 @@ class LookReport:
     conflict: str = ""  # doubt about the VM's identity (S9); "" when none
     objections: tuple[str, ...] = ()  # what else this host's registry holds against calling the VM off
     can_start: bool = False  # this host has a way to start the VM
+    removed: tuple[str, ...] = ()  # saved memory of the VM that was removed before the look, for people
     overtaken: bool = False  # an end was learnt meanwhile: silent for that reason, and looking again helps
 
 

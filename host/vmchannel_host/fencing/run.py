@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
 from fence_vmchannel.messages import FenceCode, PowerState
@@ -293,7 +293,11 @@ class Run:
             await self._wait_for_news(command.delay_s)
         left = max(0.0, min(MAX_LOOK_S, command.until - self._shell.clock()))
         intent = self.intent
-        return await self._shell.instances.report(
+        removed: tuple[str, ...] = ()
+        if command.discard:
+            removed = await self._shell.hypervisor.discard_memory(intent.vm, timeout_s=left / 2)
+            left = max(0.0, min(MAX_LOOK_S, command.until - self._shell.clock()))
+        report = await self._shell.instances.report(
             intent.vm,
             intent.name,
             timeout_s=left,
@@ -301,6 +305,7 @@ class Run:
             number=command.round,
             monitors=command.monitors,
         )
+        return replace(report, removed=removed)
 
     async def _wait_for_news(self, delay_s: float) -> None:
         self._stir.clear()

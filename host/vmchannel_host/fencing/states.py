@@ -50,7 +50,7 @@ TRANSITIONS: Final[Mapping[tuple[OperationState, Step], OperationState]] = Mappi
         (_S.ORDERED, Step.CONCLUDE): _S.CONCLUDING,
         (_S.SURVEYING, Step.RESET): _S.RESETTING,
         (_S.SURVEYING, Step.DESTROY): _S.ACTING,
-        (_S.SURVEYING, Step.LOOK): _S.LOOKING,  # there is nothing to destroy
+        (_S.SURVEYING, Step.LOOK): _S.LOOKING,  # no process is to be destroyed, but maybe saved memory
         (_S.SURVEYING, Step.START): _S.STARTING,
         (_S.SURVEYING, Step.CONCLUDE): _S.CONCLUDING,
         (_S.RESETTING, Step.CHECK): _S.CHECKING,

@@ -150,6 +150,14 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        """Remove saved memory from which the VM could be continued (S0); its processes have ended.
+
+        Never fails: what is left, or cannot be seen, makes the VM silent in the next look. Returns what was
+        removed, a line for each.
+        """
+        ...
+
     async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
         """`system_reset` the one running instance and prove it by its RESET event (S8).
 

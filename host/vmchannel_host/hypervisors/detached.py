@@ -40,12 +40,13 @@ class DetachedCalls:
             function: may block for ever.
             timeout_s: seconds.
             discard: gives back what a late result holds, when nobody waits for it any more.
-            on_return: called in the event loop when `function` has returned, in time or not.
+            on_return: called in the event loop when `function` has returned, in time or not, or is not run.
 
         Raises:
             NotProven: it did not return in time (its thread goes on), or `limit` calls are under way.
         """
         if self._running >= self._limit:
+            on_return()
             raise NotProven(f"{name}: {self._limit} blocking calls are under way already")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()

@@ -14,20 +14,18 @@ from typing import Protocol
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorClosed, MonitorMute, NobodyListens
 from vmchannel_host.hypervisors.process import ProcessGone, VerifiedProcess
 from vmchannel_host.hypervisors.qmp_monitor import (
-    CommandRefused,
     Monitor,
-    MonitorClosed,
-    MonitorMute,
-    NobodyListens,
     read_chardevs,
     read_facts,
     read_run_state,
     read_uuid,
     watch_migration,
 )
-from vmchannel_host.model import NIL_UUID, Migration, ProcessIdentity, VmUuid
+from vmchannel_host.hypervisors.source import Conflict
+from vmchannel_host.model import Migration, ProcessIdentity, VmUuid
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +48,6 @@ class Timings:
     first_retry_s: float = 0.1
     last_retry_s: float = 5.0
     calm_s: float = 0.02  # between two questions, so that a storm of events costs little
-
-
-class Conflict(HypervisorError):
-    """A monitor contradicts its process: neither is believed.
-
-    Attributes:
-        vm_uuids: the VMs whose state cannot be said.
-    """
-
-    def __init__(self, reason: str, *vm_uuids: VmUuid) -> None:
-        super().__init__(reason)
-        self.vm_uuids = tuple(vm_uuid for vm_uuid in vm_uuids if vm_uuid != NIL_UUID)
 
 
 class Identify(Protocol):
@@ -140,7 +126,7 @@ class SocketFollower:
             return
         asked_at = watched.migration_events
         try:
-            state = await read_run_state(watched.monitor, timeout_s=timeout_s)
+            state = await watched.monitor.run_state(timeout_s=timeout_s)
             watched.learn_state(*state, asked_at=asked_at)
         except HypervisorError:
             watched.mute = True

@@ -22,6 +22,7 @@ from typing import Final
 
 from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute, QmpSession
 from vmchannel_host.hypervisors.plug_words import (
     CONTROLLER_ID,
     MAX_PATH,
@@ -35,7 +36,6 @@ from vmchannel_host.hypervisors.plug_words import (
     socket_path,
     start_arguments,
 )
-from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor, MonitorMute, read_run_state
 from vmchannel_host.hypervisors.qmp_state import (
     NAMED,
     UNNAMED,
@@ -126,6 +126,9 @@ class Plugging:
         if watched.monitor is None or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
+        if not isinstance(watched.monitor, QmpSession):
+            reason = f"{watched.monitor.path} runs it, and plugging through libvirt is not supported yet"
+            raise PlugError(PlugProblem.NO_MONITOR, reason, "use `virsh attach-device` or `detach-device`")
         qemu = _Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
         try:
             await _check_state(qemu)
@@ -214,7 +217,7 @@ class Plugging:
 class _Qemu:
     """A monitor and the time that is left."""
 
-    def __init__(self, monitor: Monitor, timeout_s: float, directory: str) -> None:
+    def __init__(self, monitor: QmpSession, timeout_s: float, directory: str) -> None:
         self.monitor = monitor
         self._directory = directory
         self._deadline = asyncio.get_running_loop().time() + timeout_s
@@ -268,7 +271,7 @@ class _Qemu:
 
 
 async def _check_state(qemu: _Qemu) -> None:
-    run_state, migration = await read_run_state(qemu.monitor, timeout_s=qemu.left_s)
+    run_state, migration = await qemu.monitor.run_state(timeout_s=qemu.left_s)
     if migration is not Migration.NONE or run_state in _MOVING:
         reason = (
             f"it migrates, or is saved or restored (state {run_state.value}, migration {migration.value})"

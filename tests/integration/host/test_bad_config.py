@@ -133,6 +133,23 @@ def test_a_host_without_bare_qemu_is_not_asked_for_its_module(tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_daemon_for_libvirt_alone_is_built_without_the_library_of_qmp() -> None:
+    built = """
+import sys
+sys.modules["qemu"] = sys.modules["qemu.qmp"] = None
+from vmchannel_host.config.model import HostConfig, LibvirtConfig, QmpConfig
+from vmchannel_host.model import HostName
+from vmchannel_host.daemon import build
+build(HostConfig(host=HostName("hv1"), hypervisors=(LibvirtConfig(),)))
+try:
+    build(HostConfig(host=HostName("hv1"), hypervisors=(QmpConfig(),)))
+except ImportError:
+    print("only QMP asks for it")
+"""
+    done = _run(built)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "only QMP asks for it\n", "")
+
+
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     roots = [str(Path(__file__).parents[3] / folder) for folder in (".", "host")]
     return subprocess.run(

@@ -22,9 +22,11 @@ from typing import Any, cast
 from tests.fakes import qmp_server
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id, read_pid_namespace
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
 from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, ProcessIdentity, VmUuid
 
@@ -166,7 +168,7 @@ def _listens(path: Path) -> bool:
 class Host:
     """A hypervisor under test, with what it has reported."""
 
-    def __init__(self, hypervisor: QmpHypervisor) -> None:
+    def __init__(self, hypervisor: HostHypervisor) -> None:
         self.hypervisor = hypervisor
         self.seen: list[HypervisorEvent] = []
         self._changed = asyncio.Event()
@@ -264,16 +266,20 @@ def make_host(
 ) -> Host:
     settings = QmpSettings(
         sockets=(str(directory / sockets),),
-        scan_s=0.2,
         ask_s=1.0,
         timings=timings,
-        ports=str(directory / "ports"),
     )
     processes = processes or ProcessTable(
         boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), executables=executables
     )
     launcher = Launcher(start or {}, systemd=directory / "no-systemd", patience_s=1.0)
-    return Host(QmpHypervisor(settings, host=HOST, processes=processes, launcher=launcher, clock=boottime))
+    watch = ProcessWatch(processes, host=HOST, clock=boottime)
+    sources = (QmpSockets(settings, watch),)
+    return Host(
+        HostHypervisor(
+            watch, sources, (launcher,), host=HOST, clock=boottime, ports=str(directory / "ports"), scan_s=0.2
+        )
+    )
 
 
 async def command(monitor_path: Path, *commands: str) -> None:
