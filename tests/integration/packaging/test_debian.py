@@ -245,10 +245,35 @@ def test_nothing_in_the_environment_is_taken_for_a_module(installed: DebianRoot)
     assert (done.status, done.err) == (0, "")
 
 
-def test_the_configuration_as_installed_is_right(installed: DebianRoot) -> None:
+def test_the_configuration_as_installed_is_right_and_follows_libvirt(installed: DebianRoot) -> None:
     installed.run("cp", "/etc/vmchannel/host.yaml.dpkg-new", "/etc/vmchannel/host.yaml")  # not configured yet
+    # in front of python3-libvirt, which may be missing where this runs
+    installed.write("/usr/local/lib/python3.11/dist-packages/libvirt.py", b"")
     done = installed.run("vmchanneld", "--check-config", "/etc/vmchannel/host.yaml")
     assert (done.status, done.out) == (0, "/etc/vmchannel/host.yaml: no problem found\n"), done.err
+    show = (
+        "from vmchannel_host.config.loading import load_config\n"
+        "print(load_config('/etc/vmchannel/host.yaml', host_name='hv1').hypervisors)\n"
+        "print(load_config('/root/upstream.yaml', host_name='hv1').hypervisors)"
+    )
+    upstream = (CHECKOUT / "host/config/host.yaml").read_text()
+    installed.write("/root/upstream.yaml", upstream.encode())
+    told = installed.run("/usr/bin/python3", "-I", "-c", show)
+    here, there = told.out.splitlines()
+    assert here.startswith("(LibvirtConfig(uri='qemu:///system'"), told
+    assert there.startswith("(QmpConfig("), told
+
+
+def test_the_configuration_as_installed_is_upstreams_but_for_the_hypervisor(installed: DebianRoot) -> None:
+    packaged = installed.run("cat", "/etc/vmchannel/host.yaml.dpkg-new").out
+    upstream = (CHECKOUT / "host/config/host.yaml").read_text()
+
+    def without_hypervisors(text: str) -> str:
+        before, _, rest = text.partition("\nhypervisors:\n")
+        return before + rest.partition("\npolicy:\n")[2]
+
+    assert without_hypervisors(packaged) == without_hypervisors(upstream)
+    assert len(without_hypervisors(upstream)) > 1000
 
 
 def test_a_host_without_qemu_qmp_is_told_so_in_one_line(installed: DebianRoot) -> None:
