@@ -2,7 +2,7 @@
 # `make` alone explains itself. Each target installs what it needs first (as root, on Debian 12).
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps demo test check format diagrams bench test-all deb clean
+.PHONY: help deps demo test test-cluster check format diagrams bench test-all deb clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -25,6 +25,9 @@ ifeq ($(ARGS),)
 else
 	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/fuzz tests/system
 endif
+
+test-cluster: deps ## two guests, a real Pacemaker cluster; nodes break and are fenced (ARGS="-k panics" narrows)
+	$(PYTEST) -m cluster $(ARGS) tests/cluster
 
 check: deps ## format, lint, types (mypy and pyright, strict), import contracts
 	$(BIN)/ruff format --check .

@@ -128,6 +128,7 @@ def _guest(spec: VmSpec, image: Image) -> list[str]:
     log = f"file,id=console,path={_quoted(str(spec.console_log))},append=on"
     control = f"socket,id=control,path={_quoted(str(spec.control))},server=on,wait=off"
     return [
+        *_disk(image),
         *(
             "-kernel",
             str(image.kernel),
@@ -138,6 +139,13 @@ def _guest(spec: VmSpec, image: Image) -> list[str]:
         ),
         *("-chardev", log, "-serial", "chardev:console", "-chardev", control, "-serial", "chardev:control"),
     ]
+
+
+def _disk(image: Image) -> list[str]:
+    if image.disk is None:
+        return []
+    drive = f"if=none,id=disk,format=raw,readonly=on,file={_quoted(str(image.disk))}"
+    return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
 
 
 def _quoted(text: str) -> str:

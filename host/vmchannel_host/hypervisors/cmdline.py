@@ -21,7 +21,9 @@ _PASSTHROUGH = ("vfio", "vhost-user", "vhost-vdpa")
 _SOCKET = re.compile(r"(?:^|[,:])(?:unix:|path=)((?:[^,]|,,)+)")
 """`-qmp unix:PATH,server=on` and `-chardev socket,path=PATH`; a comma in a path is doubled."""
 
-_LIBVIRT = re.compile(r"/domain-(\d{1,9})-[^/\"]*/master-key\.aes\"")
+_LIBVIRT = re.compile(
+    r"(?:\{\"qom-type\":\"secret\"|secret,).*\bmasterKey0\b.*/domain-(\d{1,9})-[^/]*/master-key\.aes(?:\"\})?"
+)
 """Since 1.3 every QEMU of libvirt's gets a key in a directory with the number of its execution."""
 
 _NETWORK_STORAGE = re.compile(
@@ -65,7 +67,7 @@ def parse_command_line(raw: bytes) -> CommandLine:
     options = {option for option, _ in pairs}
     actions = [value for option, value in pairs if option == "action"]
     text = "\0".join(arguments[1:])
-    domains = {int(found[1]) for found in map(_LIBVIRT.search, arguments[1:]) if found}
+    domains = {int(found[1]) for found in map(_LIBVIRT.fullmatch, arguments[1:]) if found}
     return CommandLine(
         uuids=tuple(dict.fromkeys(uuids)),
         name=_printable(next((n for n in map(_guest_name, reversed(names)) if n), "")),

@@ -231,7 +231,13 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     ports, silent = await _ports(monitor, devices, directory, timeout_s)
     resettable = _is_resettable(devices, await _network(monitor, timeout_s))
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    return MonitorFacts(name, run_state, migration, ports, resettable, silent, monitor.version)
+    version, plugged = monitor.version, hash(devices)
+    return MonitorFacts(name, run_state, migration, ports, resettable, silent, version, plugged)
+
+
+async def read_plugged(monitor: Monitor, *, timeout_s: float) -> int:
+    """Ask for what tells whether a device came or went: `MonitorFacts.plugged`."""
+    return hash(await _devices(monitor, timeout_s))
 
 
 async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:

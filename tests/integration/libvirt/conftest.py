@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.hypervisors.qemu_rig import Rig
 from tests.rig.libvirtd import Libvirtd
 
 
@@ -38,3 +39,12 @@ def system_libvirtd() -> Iterator[Libvirtd]:
     """`qemu:///system`, shared by the tests of a module."""
     with a_libvirtd(system=True) as made:
         yield made
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Starts bare QEMUs."""
+    with tempfile.TemporaryDirectory(prefix="hv-") as directory:
+        made = Rig(Path(directory))
+        yield made
+        made.close()
