@@ -45,9 +45,13 @@ class Domain:
     extra: str = ""  # elements of <domain>
     devices: str = ""  # elements of <devices>
     memory_mib: int = 32
+    firmware: Path | None = None  # in flash memory, which is migrated too
 
     @property
     def xml(self) -> str:
+        flash = ""
+        if self.firmware is not None:
+            flash = f"<loader readonly='yes' type='pflash' stateless='yes'>{self.firmware}</loader>"
         channels = "".join(
             f"<channel type='unix'><source mode='bind' path={quoteattr(str(path))}/>"
             f"<target type='virtio' name={quoteattr(name)}/></channel>"
@@ -56,7 +60,7 @@ class Domain:
         return (
             f"<domain type='qemu'><name>{escape(self.name)}</name><uuid>{self.uuid}</uuid>"
             f"<memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type></os>{self.extra}"
+            f"<os><type arch='x86_64' machine='q35'>hvm</type>{flash}</os>{self.extra}"
             "<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>"
             "<controller type='usb' model='none'/><memballoon model='none'/>"
             f"{channels}{self.devices}</devices></domain>"
