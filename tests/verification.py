@@ -69,8 +69,9 @@ def rows() -> list[Row]:
         Row("seeds of the fuzz targets", _pytest("tests/fuzz")),
     ]
     found += [
-        Row(f"system: {path.stem.removeprefix('test_')}", _pytest(_relative(path), "-m", "not counted"))
-        for path in sorted((ROOT / "tests/system").glob("test_*.py"))
+        Row(f"{kind}: {path.stem.removeprefix('test_')}", _pytest(_relative(path), "-m", "not counted"))
+        for kind in ("system", "cluster")
+        for path in sorted((ROOT / "tests" / kind).glob("test_*.py"))
     ]
     found += [
         Row(

@@ -28,7 +28,7 @@ _TEMPLATE = """\
 import sys
 
 sys.path[0:0] = {paths!r}
-from vmchannel_agents.fence_agent import main
+from vmchannel_agents.entry import main
 
 sys.exit(main())
 """

@@ -45,12 +45,15 @@ def find_announcement(sources: NodeSources) -> Announce | None:
     """What to announce now; None when this machine has no usable name. May block for two seconds.
 
     corosync.conf is read first. Only where it does not say which node is local is corosync asked.
+    Where neither tells, the network is not up yet; the host name, announced then, would replace the node's.
     """
     nodes = parse_nodelist(_read(os.path.join(sources.root, "etc/corosync/corosync.conf")))
     hostname = sources.hostname()
     if nodes:
         local = _local_node(nodes, hostname, sources) or _node_of_cmap(sources.cmap())
-        name = _node_name(local) if local is not None else ""
+        if local is None:
+            return None
+        name = _node_name(local)
         if _usable(name):
             return Announce(name, "corosync")
     return Announce(hostname, "hostname") if _usable(hostname) else None

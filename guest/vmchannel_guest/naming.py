@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 60.0
 """How often the name is looked at again: corosync may be configured while the guest runs."""
 
+NAMELESS_POLL_S: Final = 5.0
+"""The same while there is no name yet: the network may be starting."""
+
 _ANSWER_S: Final = 10.0
 
 
@@ -93,7 +96,8 @@ class NodeNaming:
                     if self._told.get(port) != announce:
                         await self._announce(port, announce)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_s):
+                nameless_s = min(NAMELESS_POLL_S, self._poll_s)
+                async with asyncio.timeout(nameless_s if announce is None else self._poll_s):
                     await self._wake.wait()
             self._wake.clear()
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from tests.rig.accel import accelerator
+from tests.rig.debian_image import build_debian_image
 from tests.rig.guest import Guest
 from tests.rig.image import Image, build_image, default_cache, require_tools
 from tests.rig.qemu import VmSpec
@@ -47,6 +49,14 @@ def image() -> Iterator[Image]:
 
 
 @pytest.fixture(scope="session")
+def debian() -> Iterator[Image]:
+    """The Debian image of this checkout, with the host daemon in it too."""
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix="vmc-image-") as folder:
+        yield build_debian_image(default_cache(), Path(folder), host=True)
+
+
+@pytest.fixture(scope="session")
 def accel(image: Image) -> str:
     """TCG unless `$VMCHANNEL_ACCEL` says `kvm` or `auto`: tests mean the same on every machine."""
     return accelerator(default_cache(), image, wanted=os.environ.get("VMCHANNEL_ACCEL", "tcg"))
@@ -55,16 +65,20 @@ def accel(image: Image) -> str:
 @pytest.fixture
 def rig_dir() -> Iterator[Path]:
     """A short, empty folder (unix socket paths end at 107 bytes); every QEMU that names it is ended."""
-    yield from _rig_dir()
+    with make_rig_dir() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def shared_rig_dir() -> Iterator[Path]:
     """`rig_dir` for a whole module."""
-    yield from _rig_dir()
+    with make_rig_dir() as folder:
+        yield folder
 
 
-def _rig_dir() -> Iterator[Path]:
+@contextmanager
+def make_rig_dir() -> Generator[Path, None, None]:
+    """What `rig_dir` gives, for a fixture of another scope."""
     folder = Path(tempfile.mkdtemp(prefix="vmc-", dir="/tmp"))
     try:
         yield folder
@@ -132,7 +146,9 @@ __all__ = [
     "attach",
     "boot",
     "boot_shared",
+    "debian",
     "image",
+    "make_rig_dir",
     "rig_dir",
     "shared_rig_dir",
 ]

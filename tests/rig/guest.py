@@ -22,8 +22,11 @@ from tests.rig.kernel import RigError
 from tests.rig.qemu import VmSpec
 from tests.rig.vm import Vm
 
-READY_S = 120
-"""Time for a boot under TCG on a loaded machine; 3 s on a quiet one."""
+READY_S = 240
+"""Time for a boot under TCG on a loaded machine; 3 s on a quiet one, 20 s with Debian in it."""
+
+_FIRST_PING_S, _LAST_PING_S = 1.0, 10.0
+"""A guest that is not up takes no ping, one that is busy is slow to answer: first short, then longer."""
 
 _SLACK_S = 20  # beyond the guest's own deadline: the guest may be slow to say that it passed
 _CHUNK = 20_000  # of a pushed file, bytes; a request line stays under 32 KiB
@@ -108,16 +111,18 @@ class Guest:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self._answers():
+                patience_s = _FIRST_PING_S
+                while not await self._answers(patience_s):
+                    patience_s = min(1.1 * patience_s, _LAST_PING_S)
                     await asyncio.sleep(0.05)
         except TimeoutError as error:
             raise RigError(
                 f"{self.spec.name}: no answer in {timeout_s} s\n{self.console()[-3000:]}"
             ) from error
 
-    async def _answers(self) -> bool:
+    async def _answers(self, patience_s: float) -> bool:
         try:
-            await self.request("ping", timeout_s=1)
+            await self.request("ping", timeout_s=patience_s)
         except RigError:
             await self.disconnect()
             return False

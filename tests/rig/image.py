@@ -32,7 +32,7 @@ PACKAGES = {
     "vmchannel_agents": CHECKOUT / "agents" / "vmchannel_agents",
 }
 LAUNCHERS = {
-    "/usr/sbin/fence_vmchannel": "vmchannel_agents.fence_agent",
+    "/usr/sbin/fence_vmchannel": "vmchannel_agents.entry",
     "/usr/sbin/vmchannel-guestd": "vmchannel_guest.main",
     "/usr/bin/vmchannel": "vmchannel_guest.cli",
 }
@@ -68,6 +68,7 @@ class Image:
 
     kernel: Path
     initrd: Path
+    disk: Path | None = None  # a root disk that all guests share, read-only
 
 
 def default_cache() -> Path:
@@ -200,7 +201,7 @@ def _overlay(cache: Path) -> Tree:
         for source in folder.rglob("*.py"):
             path = DIST_PACKAGES / name / source.relative_to(folder)
             tree.copy(source, str(path))
-            if compiled := _byte_code(cache, source, path):
+            if compiled := byte_code(cache, source, path):
                 tree.copy(
                     compiled, f"{path.parent}/__pycache__/{path.stem}.{sys.implementation.cache_tag}.pyc"
                 )
@@ -213,7 +214,7 @@ def _launcher(module: str) -> bytes:
     return f"#!/usr/bin/python3\nimport sys\n\nfrom {module} import main\n\nsys.exit(main())\n".encode()
 
 
-def _byte_code(cache: Path, source: Path, guest_path: Path) -> Path | None:
+def byte_code(cache: Path, source: Path, guest_path: Path) -> Path | None:
     """Compiled once per content. None under another Python than the guest's."""
     if PYTHON.resolve().name != f"python{sys.version_info.major}.{sys.version_info.minor}":
         return None

@@ -20,7 +20,7 @@ MODULES = {
     "vmchannelctl": "vmchannel_host.cli.main",
     "vmchannel-guestd": "vmchannel_guest.main",
     "vmchannel": "vmchannel_guest.cli",
-    "fence_vmchannel": "vmchannel_agents.fence_agent",
+    "fence_vmchannel": "vmchannel_agents.entry",
 }
 _STOP_S = 10
 _LINE_LIMIT = 1 << 20

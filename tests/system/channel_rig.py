@@ -220,16 +220,16 @@ async def hub_log(guest: Guest) -> str:
     return (await guest.pull(HUB_LOG)).decode()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], what: str, *, timeout_s: float = WAIT_S) -> None:
     """Wait until something is so.
 
     Raises:
-        RigError: it is not, in a minute.
+        RigError: it is not, in `timeout_s`.
     """
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + timeout_s
     while not await condition():
         if time.monotonic() > deadline:
-            raise RigError(f"no {what} in {WAIT_S} s")
+            raise RigError(f"no {what} in {timeout_s} s")
         await asyncio.sleep(0.1)
 
 

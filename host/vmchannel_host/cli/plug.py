@@ -11,12 +11,11 @@ from typing import Final
 from fence_vmchannel.addresses import DEFAULT_PORT
 from vmchannel_host.cli import show
 from vmchannel_host.cli.console import Console, ExitCode
-from vmchannel_host.cli.http_client import AdminClient, CliError, Doc, docs, told
-from vmchannel_host.cli.table import wrapped
+from vmchannel_host.cli.http_client import AdminClient, CliError, Doc, docs
 
 _GRACE_S: Final = 10.0  # beyond the daemon's own time-out
 
-_LEFT_ALONE: Final = ("not_running", "not_ours")
+_LEFT_ALONE: Final = ("not_running", "not_ours", "unsupported")
 """What `detach --all` passes by: there is nothing that an attach has made."""
 
 
@@ -86,8 +85,7 @@ def _detach_all(arguments: argparse.Namespace, console: Console) -> int:
         if arguments.json:
             continue
         if not good:
-            name = vm.text("name") or vm.text("uuid")
-            console.lines(wrapped("", f"FAILED ({doc.text('code')}): {name}: {told(doc)}", console.width))
+            console.lines(show.not_plugged(vm, doc, console.width))
         elif doc.texts("ports"):
             console.lines(show.plugged(doc, console.width))
     if arguments.json:

@@ -197,6 +197,12 @@ def plugged(doc: Doc, width: int) -> list[str]:
     return lines + [f"  {printable(text, 1000)}" for text in doc.texts("advice")]
 
 
+def not_plugged(vm: Doc, doc: Doc, width: int) -> list[str]:
+    """Why a VM, one of several, still has what was to be taken away."""
+    lines = wrapped("", f"FAILED ({doc.text('code')}): {_name(vm)}: {doc.text('reason')}", width)
+    return lines + (wrapped("  remedy: ", doc.text("remedy"), width) if doc.text("remedy") else [])
+
+
 def can(doc: Doc, width: int) -> list[str]:
     """Whether a fence would be allowed, and could be proven now."""
     target = doc.text("target_name") or doc.text("target_uuid")

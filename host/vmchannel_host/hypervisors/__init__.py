@@ -38,6 +38,7 @@ class PlugProblem(Enum):
     BUSY = "busy"  # a fence, another plugging, several instances
     MIGRATING = "migrating"  # what is plugged into one end of a migration is missing at the other
     NO_MONITOR = "no_monitor"  # nobody there to ask
+    UNSUPPORTED = "unsupported"  # what runs it gives us no way to plug
     NO_SLOT = "no_slot"  # no controller takes another port, and none can be added
     NOT_OURS = "not_ours"  # the VM was started with that port
     UNSUITABLE = "unsuitable"  # a port of that name is there and cannot be served

@@ -15,36 +15,26 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Final
 
 from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute, QmpSession
 from vmchannel_host.hypervisors.plug_words import (
     CONTROLLER_ID,
     MAX_PATH,
     PORT_ID,
-    backend_of,
     free_id,
     is_ours,
-    parse_buses,
     parse_empty_slots,
     port_id,
     socket_path,
     start_arguments,
 )
-from vmchannel_host.hypervisors.qmp_monitor import Monitor, read_run_state
-from vmchannel_host.hypervisors.qmp_state import (
-    NAMED,
-    UNNAMED,
-    Chardev,
-    Device,
-    parse_chardevs,
-    parse_devices,
-)
+from vmchannel_host.hypervisors.qemu_ports import Qemu, SerialPort
+from vmchannel_host.hypervisors.qmp_state import NAMED, Device
 from vmchannel_host.model import Migration, PortName, ProcessIdentity, RunState, VmUuid
 
 UNDO_S: Final = 2.0
@@ -54,15 +44,6 @@ _MOVING: Final = frozenset(
     {RunState.INMIGRATE, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.RESTORE_VM}
 )
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Port:
-    """A virtserialport of a VM."""
-
-    device: Device
-    name: str
-    label: str  # of its chardev; "" when it has none
 
 
 class Plugging:
@@ -121,16 +102,16 @@ class Plugging:
             )
 
     @asynccontextmanager
-    async def _talking(self, vm: VmUuid, timeout_s: float) -> AsyncGenerator[_Qemu, None]:
+    async def _talking(self, vm: VmUuid, timeout_s: float) -> AsyncGenerator[Qemu, None]:
         """The VM's one QEMU, when it does not migrate; its ports are asked for anew afterwards."""
         watched = self._instance(vm)
         if watched.monitor is None or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
-        if not isinstance(watched.monitor, Monitor):
+        if not isinstance(watched.monitor, QmpSession):
             reason = f"{watched.monitor.path} runs it, and plugging through libvirt is not supported yet"
-            raise PlugError(PlugProblem.NO_MONITOR, reason, "use `virsh attach-device` or `detach-device`")
-        qemu = _Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
+            raise PlugError(PlugProblem.UNSUPPORTED, reason, "use `virsh attach-device` or `detach-device`")
+        qemu = Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
         try:
             await _check_state(qemu)
             yield qemu
@@ -152,7 +133,7 @@ class Plugging:
 
     # in
 
-    async def _plug_in(self, qemu: _Qemu, vm: VmUuid, port: PortName) -> None:
+    async def _plug_in(self, qemu: Qemu, vm: VmUuid, port: PortName) -> None:
         ident, path = port_id(port), socket_path(self._sockets, vm, port)
         try:
             await self._listen(qemu, ident, path)
@@ -162,7 +143,7 @@ class Plugging:
             problem = _as_problem(error)
             raise PlugError(problem.problem, f"{problem}{left}", problem.remedy) from error
 
-    async def _listen(self, qemu: _Qemu, ident: str, path: str) -> None:
+    async def _listen(self, qemu: Qemu, ident: str, path: str) -> None:
         """Add the chardev: a unix socket on which QEMU listens."""
         if ident in await qemu.chardevs():  # left over from an attach that was cut short
             await qemu.execute("chardev-remove", {"id": ident})
@@ -193,7 +174,7 @@ class Plugging:
             raise PlugError(PlugProblem.FAILED, reason, "see `paths.run` in host.yaml") from error
         return bound
 
-    async def _undo(self, qemu: _Qemu, ident: str, path: str) -> str:
+    async def _undo(self, qemu: Qemu, ident: str, path: str) -> str:
         """Take away what a failed attach has added; returns what is left, as the end of a sentence."""
         qemu.extend(UNDO_S)
         device = Device(f"{NAMED}/{ident}", "child<virtserialport>")
@@ -215,64 +196,8 @@ class Plugging:
             os.unlink(socket_path(self._sockets, vm, port))
 
 
-class _Qemu:
-    """A monitor and the time that is left."""
-
-    def __init__(self, monitor: Monitor, timeout_s: float, directory: str) -> None:
-        self.monitor = monitor
-        self._directory = directory
-        self._deadline = asyncio.get_running_loop().time() + timeout_s
-
-    @property
-    def left_s(self) -> float:
-        return max(self._deadline - asyncio.get_running_loop().time(), 0.01)
-
-    def extend(self, seconds: float) -> None:
-        """Have at least so much time."""
-        self._deadline = max(self._deadline, asyncio.get_running_loop().time() + seconds)
-
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        return await self.monitor.execute(command, arguments, timeout_s=self.left_s)
-
-    async def chardevs(self) -> dict[str, Chardev]:
-        """The unix sockets on which it listens, by label."""
-        return parse_chardevs(await self.execute("query-chardev"), self._directory)
-
-    async def devices(self) -> tuple[Device, ...]:
-        found: list[Device] = []
-        for parent in (NAMED, UNNAMED):
-            found += parse_devices(parent, await self.execute("qom-list", {"path": parent}))
-        return tuple(found)
-
-    async def ports(self, name: PortName | None) -> list[_Port]:
-        """Its virtio-serial ports; with `name` those of that name, on whatever bus."""
-        found: list[_Port] = []
-        for device in await self.devices():
-            if not device.is_serial_port:
-                continue
-            try:
-                called, label = [
-                    await self.execute("qom-get", {"path": device.path, "property": key})
-                    for key in ("name", "chardev")
-                ]
-            except CommandRefused:
-                continue  # unplugged since it was listed
-            if isinstance(called, str) and isinstance(label, str) and name in (None, called):
-                found.append(_Port(device, called, label))
-        return found
-
-    async def buses(self) -> list[str]:
-        """The buses of its virtio-serial controllers."""
-        found: list[str] = []
-        for device in await self.devices():
-            if backend := backend_of(device):
-                with suppress(CommandRefused):
-                    found += parse_buses(await self.execute("qom-list", {"path": backend}))
-        return found
-
-
-async def _check_state(qemu: _Qemu) -> None:
-    run_state, migration = await read_run_state(qemu.monitor, timeout_s=qemu.left_s)
+async def _check_state(qemu: Qemu) -> None:
+    run_state, migration = await qemu.monitor.run_state(timeout_s=qemu.left_s)
     if migration is not Migration.NONE or run_state in _MOVING:
         reason = (
             f"it migrates, or is saved or restored (state {run_state.value}, migration {migration.value})"
@@ -280,7 +205,7 @@ async def _check_state(qemu: _Qemu) -> None:
         raise PlugError(PlugProblem.MIGRATING, reason, "wait for its end")
 
 
-async def _add_port(qemu: _Qemu, ident: str, port: PortName) -> None:
+async def _add_port(qemu: Qemu, ident: str, port: PortName) -> None:
     """Add the port to the first controller that takes it: QEMU knows best which has a free slot."""
     wanted = {"driver": "virtserialport", "id": ident, "chardev": ident, "name": port}
     refusals: list[str] = []
@@ -297,7 +222,7 @@ async def _add_port(qemu: _Qemu, ident: str, port: PortName) -> None:
     await qemu.execute("device_add", {**wanted, "bus": bus})
 
 
-async def _add_controller(qemu: _Qemu, refusals: list[str]) -> str:
+async def _add_controller(qemu: Qemu, refusals: list[str]) -> str:
     """Add a virtio-serial controller; returns its bus."""
     ident = free_id(await qemu.devices())
     try:
@@ -325,7 +250,7 @@ async def _add_controller(qemu: _Qemu, refusals: list[str]) -> str:
     )
 
 
-async def _pull_out(qemu: _Qemu, port: _Port) -> None:
+async def _pull_out(qemu: Qemu, port: SerialPort) -> None:
     await _pull_device(qemu, port.device)
     if port.label:
         try:
@@ -334,7 +259,7 @@ async def _pull_out(qemu: _Qemu, port: _Port) -> None:
             _log.warning("the port is gone, its chardev stays: %s", error)
 
 
-async def _pull_device(qemu: _Qemu, device: Device) -> None:
+async def _pull_device(qemu: Qemu, device: Device) -> None:
     """A port is gone at once, unlike a PCI device: its guest is told, not asked."""
     with qemu.monitor.tap("DEVICE_DELETED") as tap:
         await qemu.execute("device_del", {"id": device.path})
@@ -345,14 +270,14 @@ async def _pull_device(qemu: _Qemu, device: Device) -> None:
             raise MonitorMute(f"{qemu.monitor.path}: no DEVICE_DELETED for {device.path}") from error
 
 
-async def _drop_leftovers(qemu: _Qemu, port: PortName | None) -> None:
+async def _drop_leftovers(qemu: Qemu, port: PortName | None) -> None:
     """Chardevs of ours that no port uses, of an attach that was cut short."""
     for label in await qemu.chardevs():
         if label.startswith(PORT_ID) if port is None else label == port_id(port):
             await qemu.execute("chardev-remove", {"id": label})
 
 
-async def _advice(qemu: _Qemu, port: PortName) -> tuple[str, ...]:
+async def _advice(qemu: Qemu, port: PortName) -> tuple[str, ...]:
     """A bare QEMU forgets what was plugged in."""
     path = f"{qemu.monitor.path}.vmchannel"  # where QEMU could make a socket, it can make another
     own = [bus for bus in await qemu.buses() if not bus.startswith(CONTROLLER_ID)]

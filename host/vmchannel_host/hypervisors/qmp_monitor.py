@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 import struct
 from collections.abc import Generator, Mapping
@@ -232,7 +231,13 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     ports, silent = await _ports(monitor, devices, directory, timeout_s)
     resettable = _is_resettable(devices, await _network(monitor, timeout_s))
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    return MonitorFacts(name, run_state, migration, ports, resettable, silent, monitor.version)
+    version, plugged = monitor.version, hash(devices)
+    return MonitorFacts(name, run_state, migration, ports, resettable, silent, version, plugged)
+
+
+async def read_plugged(monitor: Monitor, *, timeout_s: float) -> int:
+    """Ask for what tells whether a device came or went: `MonitorFacts.plugged`."""
+    return hash(await _devices(monitor, timeout_s))
 
 
 async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:
@@ -313,11 +318,3 @@ def _peer_pid(sock: socket.socket) -> int:
     """The pid of whoever called listen(); 0 when that process is outside this pid namespace."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[0])
-
-
-def working_directory(proc: os.PathLike[str], pid: int) -> str:
-    """The directory where a process's relative paths start; "/" when it cannot be read."""
-    try:
-        return os.readlink(os.path.join(proc, str(pid), "cwd"))
-    except OSError:
-        return "/"

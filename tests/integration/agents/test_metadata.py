@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import vmchannel_agents
 from tests.integration.agents.agent_rig import Agent, Site
+from vmchannel_agents.entry import LIBRARY_VERSION, stored_metadata, wants_metadata
 from vmchannel_agents.library import FENCE_LIBRARY
 
-GOLDEN = Path(__file__).parents[2] / "data" / "metadata" / "fence_vmchannel.xml"
+GOLDEN = Path(vmchannel_agents.__file__).with_name("metadata.xml")
 GOLDEN_OF = "4.12.1"
 """The library's version that made the golden file. Of another one only our own parts are compared."""
 
@@ -70,6 +72,33 @@ async def test_the_metadata_is_valid_for_the_librarys_schema(place: Site, tmp_pa
     )
     _, err = await checker.communicate()
     assert checker.returncode == 0, err.decode()
+
+
+def test_the_stored_metadata_is_for_that_version_of_the_library_only(tmp_path: Path) -> None:
+    library = tmp_path / "fencing.py"
+    assert stored_metadata(str(tmp_path)) == b""
+    library.write_bytes(LIBRARY_VERSION.replace(b"4.", b"5.") + b"\n")
+    assert stored_metadata(str(tmp_path)) == b""
+    library.write_bytes(LIBRARY_VERSION + b"\n")
+    assert stored_metadata(str(tmp_path)) == GOLDEN.read_bytes()
+    assert GOLDEN_OF.encode() in LIBRARY_VERSION
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (b"action=metadata\n", True),
+        (b"plug=a\n  action=metadata", True),
+        (b"action=off\naction=metadata\n", True),
+        (b"action=metadata\naction=off\n", False),
+        (b"plug=metadata\n", False),
+        (b"action=metadata2\n", False),
+        (b"", False),
+        (b"\xff=\xfe\n", False),
+    ],
+)
+def test_the_last_action_counts(given: bytes, wanted: bool) -> None:
+    assert wants_metadata(given) is wanted
 
 
 async def test_no_parameter_is_required_but_the_action(place: Site) -> None:

@@ -99,7 +99,13 @@ def test_a_ring_address_that_is_a_name_is_looked_up_in_etc_hosts(sources: NodeSo
 def test_a_loopback_address_tells_no_node_from_another(sources: NodeSources) -> None:
     configure(sources, CONF, "127.0.1.1 10.0.0.1\n")
     loopback = replace(sources, is_local=locally("127."))
-    assert find_announcement(loopback) == Announce("guest-7", "hostname")
+    assert find_announcement(loopback) is None
+
+
+def test_nothing_is_announced_while_no_node_of_the_list_is_this_one(sources: NodeSources) -> None:
+    configure(sources, CONF)
+    before_the_network = replace(sources, is_local=locally())
+    assert find_announcement(before_the_network) is None
 
 
 def test_corosync_is_asked_where_its_file_does_not_tell(sources: NodeSources) -> None:
