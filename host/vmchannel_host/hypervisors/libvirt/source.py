@@ -283,9 +283,7 @@ class LibvirtSource:
             return
         text = await self._connection.call("read XML", lambda link: link.xml(vm), timeout_s=timeout_s)
         xml = words.read_domain_xml(text)
-        if one.receives(
-            record
-        ):  # libvirt lets nobody ask a QEMU that does: that it is not asked is no silence
+        if one.receives(record):  # libvirt lets nobody ask such a QEMU, so no answer is no silence
             one.learn(record, None, xml, probed=False, asked_at=asked_at)
             return
         try:
