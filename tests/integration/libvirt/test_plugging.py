@@ -151,7 +151,7 @@ async def test_what_is_in_one_place_only_is_completed(libvirtd: Libvirtd) -> Non
         for where in ("--live", "--config"):
             await asyncio.to_thread(libvirtd.virsh, "attach-device", domain.uuid, str(file), where)
             assert (await attach(host, domain)).changed
-            added = ([], [PORT]) if where == "--live" else ([PORT], [])
+            added: tuple[list[str], list[str]] = ([], [PORT]) if where == "--live" else ([PORT], [])
             assert await both(libvirtd, domain) == added
             assert not (await attach(host, domain)).changed
             assert (await detach(host, domain, force=True)).changed
