@@ -45,9 +45,17 @@ class Domain:
     extra: str = ""  # elements of <domain>
     devices: str = ""  # elements of <devices>
     memory_mib: int = 32
+    firmware: Path | None = None  # in flash memory, which is migrated too
+    kernel: tuple[Path, Path, str] | None = None  # kernel, initrd and command line of a guest
 
     @property
     def xml(self) -> str:
+        boot = ""
+        if self.firmware is not None:
+            boot = f"<loader readonly='yes' type='pflash' stateless='yes'>{self.firmware}</loader>"
+        if self.kernel is not None:
+            kernel, initrd, line = self.kernel
+            boot += f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{escape(line)}</cmdline>"
         channels = "".join(
             f"<channel type='unix'><source mode='bind' path={quoteattr(str(path))}/>"
             f"<target type='virtio' name={quoteattr(name)}/></channel>"
@@ -56,7 +64,7 @@ class Domain:
         return (
             f"<domain type='qemu'><name>{escape(self.name)}</name><uuid>{self.uuid}</uuid>"
             f"<memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type></os>{self.extra}"
+            f"<os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os>{self.extra}"
             "<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>"
             "<controller type='usb' model='none'/><memballoon model='none'/>"
             f"{channels}{self.devices}</devices></domain>"

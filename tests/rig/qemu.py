@@ -13,7 +13,7 @@ from tests.rig.image import Image
 QEMU = "qemu-system-x86_64"
 PORT = "org.vmchannel.0"
 
-_KERNEL_LINE = (
+KERNEL_LINE = (
     "console=ttyS0 quiet loglevel=4 panic=0 mitigations=off tsc=unstable cryptomgr.notests "
     "random.trust_cpu=on rdinit=/init"
 )
@@ -123,7 +123,7 @@ def _ports(spec: VmSpec) -> list[str]:
 
 
 def _guest(spec: VmSpec, image: Image) -> list[str]:
-    line = f"{_KERNEL_LINE} rig_hostname={spec.hostname or spec.name}"
+    line = f"{KERNEL_LINE} rig_hostname={spec.hostname or spec.name}"
     line += " rig_guestd=yes" if spec.guestd else ""
     log = f"file,id=console,path={_quoted(str(spec.console_log))},append=on"
     control = f"socket,id=control,path={_quoted(str(spec.control))},server=on,wait=off"

@@ -112,9 +112,18 @@ class Connection:
             except RuntimeError:
                 return  # the loop has closed: nobody listens any more
 
-        return await self._opening.call(
-            "open libvirt", lambda: self._open_link(self.uri, sink), timeout_s=timeout_s, discard=self._drop
-        )
+        try:
+            return await self._opening.call(
+                "open libvirt",
+                lambda: self._open_link(self.uri, sink),
+                timeout_s=timeout_s,
+                discard=self._drop,
+            )
+        except HypervisorError:
+            raise
+        except Exception as error:
+            log.exception("opening libvirt failed uri=%s", self.uri)
+            raise MonitorClosed(f"{self.uri}: {error}") from error
 
     async def _hold(self, link: Link, session: Callable[[], Awaitable[None]]) -> None:
         self._link, self.problem = link, ""

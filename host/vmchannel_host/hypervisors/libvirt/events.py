@@ -26,10 +26,9 @@ class EventThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vmchannel libvirt events", daemon=True).start()
 
     def register(self) -> None:
-        """Let libvirt use it. Before the first connection is opened.
+        """Start it, and let libvirt use it. Before the first connection is opened.
 
         Raises:
             ImportError: libvirt's Python modules are not installed.
@@ -38,6 +37,7 @@ class EventThread:
         # Else to connect to `qemu:///session` starts a libvirtd where none runs, and that its autostart VMs.
         os.environ["LIBVIRT_AUTOSTART"] = "0"
         _threaded(aio)(loop=self._loop).register()
+        threading.Thread(target=self._loop.run_forever, name="vmchannel libvirt events", daemon=True).start()
 
     def settle(self, *, timeout_s: float) -> None:
         """Return when the events that libvirt's client has received have been given to their callbacks.
@@ -104,13 +104,21 @@ def _threaded(aio: Any) -> Callable[..., Any]:
     return Threaded
 
 
-@functools.cache
 def event_thread() -> EventThread:
-    """The one of this process, registered with libvirt at the first call.
+    """The one of this process, registered with libvirt at the first call. From any thread.
 
     Raises:
         ImportError: libvirt's Python modules are not installed.
     """
+    with _FIRST:
+        return _event_thread()
+
+
+_FIRST: Final = threading.Lock()
+
+
+@functools.cache
+def _event_thread() -> EventThread:
     thread = EventThread()
     thread.register()
     return thread

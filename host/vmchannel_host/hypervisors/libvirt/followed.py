@@ -40,6 +40,12 @@ class Followed:
         """To be given to `learn`: what was heard of a migration when its answers were asked for."""
         return self.watched.migration_events
 
+    def receives(self, record: DomainRecord) -> bool:
+        """Whether its process still receives the memory of another."""
+        if self._ran or not self.watched.process.command.incoming:
+            return False
+        return words.migration(record, None, receives=True) is Migration.INCOMING
+
     def learn(
         self, record: DomainRecord, job: int | None, xml: DomainXml | None, *, probed: bool, asked_at: int
     ) -> None:

@@ -78,6 +78,7 @@ class LibvirtSource:
         self._listed = False  # libvirt has told all that it has, once
         self._followed: dict[VmUuid, Followed] = {}
         self._ended: dict[tuple[VmUuid, int], None] = {}  # executions seen to end through this link
+        self._home = ""  # where this libvirt keeps what its QEMUs need; learnt from the first of them
         self._starting: dict[VmUuid, int] = {}
         self._dirty: set[VmUuid] = set()
         self._news = asyncio.Event()
@@ -242,6 +243,7 @@ class LibvirtSource:
     async def _session(self) -> None:
         """Follow what libvirt tells, for the life of one link."""
         self._ended.clear()
+        self._home = ""
         try:
             while True:
                 await self._keep_up()
@@ -308,6 +310,9 @@ class LibvirtSource:
             return
         text = await self._connection.call("read XML", lambda link: link.xml(vm), timeout_s=timeout_s)
         xml = words.read_domain_xml(text)
+        if one.receives(record):  # libvirt lets nobody ask such a QEMU, so no answer is no silence
+            one.learn(record, None, xml, probed=False, asked_at=asked_at)
+            return
         try:
             job = await self._probes.probe(self._connection, vm, timeout_s=timeout_s, late=self._look_at)
             one.learn(record, job, xml, probed=True, asked_at=asked_at)
@@ -335,14 +340,21 @@ class LibvirtSource:
 
     def _process_of(self, record: DomainRecord) -> Watched | None:
         """The one process that bears the domain's UUID and the number of this execution."""
+        if (record.vm_uuid, record.id) in self._ended:
+            return None  # this execution had its process; libvirt has not noticed its end yet
         found = [
             watched
             for watched in self._watch.table.all()
             if watched.identity.vm_uuid == record.vm_uuid
             and watched.process.command.domain_id == record.id
+            and (watched.monitor is None or not watched.monitor.open)  # else it is another libvirt's
+            and self._home in ("", watched.process.command.libvirt_home)
             and not watched.process.ended()
         ]
-        return found[0] if len(found) == 1 else None
+        if len(found) != 1:
+            return None
+        self._home = found[0].process.command.libvirt_home
+        return found[0]
 
     def _forget(self, vm: VmUuid, one: Followed) -> None:
         """Its process has ended, or it is another execution now."""

@@ -169,7 +169,10 @@ def test_libvirts_number_of_the_execution_stands_in_the_path_of_its_key(
     arguments: tuple[str, ...], domain_id: int | None
 ) -> None:
     words = ("qemu-system-x86_64", "-name", "guest=vm1", *arguments)
-    assert parse_command_line("\0".join(words).encode() + b"\0").domain_id == domain_id
+    command = parse_command_line("\0".join(words).encode() + b"\0")
+    assert command.domain_id == domain_id
+    homes = ("/var/lib/libvirt/qemu", "/l", "")
+    assert command.libvirt_home in (homes[2:] if domain_id is None else homes[:2])
 
 
 def test_a_qemu_that_begins_by_receiving_memory_says_so() -> None:
