@@ -86,6 +86,7 @@ class Endpoint(Shell):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._moved: asyncio.Event | None = None  # somebody waits in `drain`
+        self._rest: asyncio.TimerHandle | None = None  # nothing is read until then
 
     def use(self, link: Link) -> asyncio.Future[str]:
         """Talk over `link` from now on, which is taken over; the future gets the reason when it has ended."""
@@ -109,6 +110,9 @@ class Endpoint(Shell):
             return None
         self._ended = None
         self._loop.remove_reader(link.fileno())
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         self.part(reason)
         self._arm()
         if self._moved is not None:
@@ -127,11 +131,21 @@ class Endpoint(Shell):
         self._handle_events()
         self._run_soon()
 
+    def rest(self, seconds: float) -> None:
+        """Read no more for so long, after what has been read already: the peer asks too fast."""
+        if self._link is None or seconds <= 0:
+            return
+        if self._rest is None:
+            self._loop.remove_reader(self._link.fileno())
+        else:
+            self._rest.cancel()
+        self._rest = self._loop.call_later(seconds, self._read_again)
+
     def stop(self, code: CloseCode, reason: str) -> None:
         """End the link and tell all users of channels. The endpoint is dead afterwards."""
         self.drop_link(reason)
         self.drop_users(code, reason)
-        self._rest()
+        self._cancel_all()
 
     def export(self) -> bytes:
         """End the link and take the session out, with its channels, whose users hear nothing. The endpoint
@@ -143,10 +157,10 @@ class Endpoint(Shell):
         self.drop_link("the session is saved")
         self._handle_events()
         self._users.clear()
-        self._rest()
+        self._cancel_all()
         return self.connection.export_state()
 
-    def _rest(self) -> None:
+    def _cancel_all(self) -> None:
         for handle in (self._turn, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -210,6 +224,12 @@ class Endpoint(Shell):
             for follower in followers:
                 follower._step(follower.flush)
 
+    def _read_again(self) -> None:
+        self._rest = None
+        if self._link is not None:
+            self._loop.add_reader(self._link.fileno(), self._wake)
+            self._run_soon()
+
     def _wake(self) -> None:
         """There is something to read."""
         if self._turns is None:
@@ -219,11 +239,12 @@ class Endpoint(Shell):
 
     def take_turn(self) -> None:
         """For `FairTurns`."""
-        self._run()
+        if self._rest is None:
+            self._run()
 
     def _send(self) -> None:
         self._turn = None
-        if self._more:
+        if self._more and self._rest is None:
             self._wake()
         else:
             self._step(self.flush)
@@ -266,6 +287,8 @@ class Endpoint(Shell):
 
     def _on_timer(self) -> None:
         self._timer = None
+        if self._rest is not None:
+            return  # the next turn comes with its end
         if self.next_alarm() <= self._clock():
             self._run()
         else:

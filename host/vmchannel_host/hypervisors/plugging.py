@@ -21,7 +21,7 @@ from typing import Final
 
 from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute, QmpSession
 from vmchannel_host.hypervisors.plug_words import (
     CONTROLLER_ID,
     MAX_PATH,
@@ -35,7 +35,6 @@ from vmchannel_host.hypervisors.plug_words import (
     start_arguments,
 )
 from vmchannel_host.hypervisors.qemu_ports import Qemu, SerialPort
-from vmchannel_host.hypervisors.qmp_monitor import Monitor, read_run_state
 from vmchannel_host.hypervisors.qmp_state import NAMED, Device
 from vmchannel_host.model import PortName, ProcessIdentity, VmUuid
 
@@ -104,7 +103,7 @@ class Plugging:
     async def _talking(self, vm: VmUuid, timeout_s: float) -> AsyncGenerator[Qemu, None]:
         """The VM's one QEMU, when it does not migrate; its ports are asked for anew afterwards."""
         watched = self._instance(vm)
-        if not isinstance(watched.monitor, Monitor) or watched.mute:
+        if not isinstance(watched.monitor, QmpSession) or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
         qemu = Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
@@ -193,7 +192,7 @@ class Plugging:
 
 
 async def _check_state(qemu: Qemu) -> None:
-    run_state, migration = await read_run_state(qemu.monitor, timeout_s=qemu.left_s)
+    run_state, migration = await qemu.monitor.run_state(timeout_s=qemu.left_s)
     if problem := moving_problem(run_state, migration):
         raise PlugError(PlugProblem.MIGRATING, problem, "wait for its end")
 
