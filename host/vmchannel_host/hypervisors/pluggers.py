@@ -93,5 +93,8 @@ def _telling(definer: Definer, live: Sequence[Watched]) -> Definer:
     """It, when it tells of the VM's process too."""
     if any(not definer.follows(one.identity) for one in live):
         reason = f"{definer} does not tell of its process {live[0].identity}"
-        raise PlugError(PlugProblem.NO_MONITOR, reason, "do it again; see `vmchannelctl doctor`")
+        remedy = (
+            "do it again; if that does not help, keep `sockets` in host.yaml from leading to libvirt's VMs"
+        )
+        raise PlugError(PlugProblem.NO_MONITOR, reason, remedy)
     return definer

@@ -183,7 +183,8 @@ async def test_each_path_shows_what_the_view_says(http: aiohttp.ClientSession) -
     ]
     for path, wanted in cases:
         status, value = await get(http, path)
-        shown: dict[str, object] = value[0] if isinstance(value, list) else value
+        one = path.startswith(("/v1/status", "/v1/definitions", "/v1/can", "/v1/journal", f"/v1/ops/{OP}"))
+        shown: dict[str, object] = value if one else value[0]
         assert status == 200, path
         assert {key: shown[key] for key in wanted} == wanted, path
 
