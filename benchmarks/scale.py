@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -34,6 +35,7 @@ RATE: Final = 1000
 FLOODERS: Final = 100
 NOW_AND_THEN: Final = 5
 """Requests per second of the one VM: under its fair share among those that flood."""
+_UNIT: Final = Path(__file__).parents[1] / "host/systemd/vmchanneld.service"
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -95,8 +97,16 @@ async def _served(folder: Path, count: int) -> AsyncGenerator[tuple[Site, Peers]
     ):
         site.group("all", *peers.uuids)
         site.serve()
+        _as_its_unit_says(site.daemon.pid)
         await connected(site, count)
         yield site, peers
+
+
+def _as_its_unit_says(daemon: int) -> None:
+    """The daemon goes before what floods it: `Nice=` of its unit, for each of its threads."""
+    (nice,) = re.findall(r"^Nice=(-?\d+)$", _UNIT.read_text(), re.MULTILINE)
+    for thread in os.listdir(f"/proc/{daemon}/task"):
+        os.setpriority(os.PRIO_PROCESS, int(thread), int(nice))
 
 
 async def _grow(folder: Path, vms: int, idle_s: float, load_s: float) -> Size:

@@ -21,6 +21,11 @@ from fence_vmchannel.logs import RateLimitedLog, quoted
 from fence_vmchannel.peers import PeerInfo
 from fence_vmchannel.shell import Shell
 
+_FAR_S = 5.0
+_GRID_S = 0.25
+"""What is due later than `_FAR_S` waits for the next multiple of this, seconds: the heartbeats of a thousand
+sessions then wake the process four times a second instead of seventy."""
+
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
 
@@ -81,6 +86,7 @@ class Endpoint(Shell):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._moved: asyncio.Event | None = None  # somebody waits in `drain`
+        self._rest: asyncio.TimerHandle | None = None  # nothing is read until then
 
     def use(self, link: Link) -> asyncio.Future[str]:
         """Talk over `link` from now on, which is taken over; the future gets the reason when it has ended."""
@@ -104,6 +110,9 @@ class Endpoint(Shell):
             return None
         self._ended = None
         self._loop.remove_reader(link.fileno())
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         self.part(reason)
         self._arm()
         if self._moved is not None:
@@ -122,11 +131,21 @@ class Endpoint(Shell):
         self._handle_events()
         self._run_soon()
 
+    def rest(self, seconds: float) -> None:
+        """Read no more for so long, after what has been read already: the peer asks too fast."""
+        if self._link is None or seconds <= 0:
+            return
+        if self._rest is None:
+            self._loop.remove_reader(self._link.fileno())
+        else:
+            self._rest.cancel()
+        self._rest = self._loop.call_later(seconds, self._read_again)
+
     def stop(self, code: CloseCode, reason: str) -> None:
         """End the link and tell all users of channels. The endpoint is dead afterwards."""
         self.drop_link(reason)
         self.drop_users(code, reason)
-        self._rest()
+        self._cancel_all()
 
     def export(self) -> bytes:
         """End the link and take the session out, with its channels, whose users hear nothing. The endpoint
@@ -138,10 +157,10 @@ class Endpoint(Shell):
         self.drop_link("the session is saved")
         self._handle_events()
         self._users.clear()
-        self._rest()
+        self._cancel_all()
         return self.connection.export_state()
 
-    def _rest(self) -> None:
+    def _cancel_all(self) -> None:
         for handle in (self._turn, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -205,6 +224,12 @@ class Endpoint(Shell):
             for follower in followers:
                 follower._step(follower.flush)
 
+    def _read_again(self) -> None:
+        self._rest = None
+        if self._link is not None:
+            self._loop.add_reader(self._link.fileno(), self._wake)
+            self._run_soon()
+
     def _wake(self) -> None:
         """There is something to read."""
         if self._turns is None:
@@ -214,11 +239,12 @@ class Endpoint(Shell):
 
     def take_turn(self) -> None:
         """For `FairTurns`."""
-        self._run()
+        if self._rest is None:
+            self._run()
 
     def _send(self) -> None:
         self._turn = None
-        if self._more:
+        if self._more and self._rest is None:
             self._wake()
         else:
             self._step(self.flush)
@@ -252,11 +278,17 @@ class Endpoint(Shell):
             self._timer.cancel()
         if due == math.inf:
             return
+        left_s = due - self._clock()
+        if left_s > _FAR_S:
+            due = math.ceil(due / _GRID_S) * _GRID_S
+            left_s = due - self._clock()
         self._timer_due = due
-        self._timer = self._loop.call_later(max(0.0, due - self._clock()), self._on_timer)
+        self._timer = self._loop.call_later(max(0.0, left_s), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
+        if self._rest is not None:
+            return  # the next turn comes with its end
         if self.next_alarm() <= self._clock():
             self._run()
         else:

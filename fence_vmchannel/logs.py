@@ -34,7 +34,11 @@ class RateLimitedLog:
         """Log at level info, if the rate allows it."""
         self._write(logging.INFO, message, *args)
 
-    def _write(self, level: int, message: str, *args: object) -> None:
+    def exception(self, message: str, *args: object) -> None:
+        """Log at level error with the exception that is being handled, if the rate allows it."""
+        self._write(logging.ERROR, message, *args, traceback=True)
+
+    def _write(self, level: int, message: str, *args: object, traceback: bool = False) -> None:
         now = self._clock()
         if now - self._since >= self._period_s:
             self._since, self._written = now, 0
@@ -45,4 +49,4 @@ class RateLimitedLog:
         if self._left_out:
             message += f" ({self._left_out} earlier lines left out)"
             self._left_out = 0
-        self._logger.log(level, message, *args)
+        self._logger.log(level, message, *args, exc_info=traceback)

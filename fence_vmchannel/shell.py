@@ -247,7 +247,11 @@ class Shell:
                 if not self._unread:
                     break
             size += self._take_in(now)
+            if self._link is not link:
+                break  # somebody has let it go because of what came
         self.received_bytes += size
+        if self._link is not link:
+            return False, None
         if self._unread:
             return True, None
         if self._up and not link.present:
@@ -260,15 +264,13 @@ class Shell:
         data, self._unread = self._unread, b""
         if len(data) > self._slice:
             data, self._unread = data[: self._slice], data[self._slice :]
-        if len(data) < _LEAST:
-            self.connection.receive(data, now)
-            return len(data)
         began = self._clock()
         self.connection.receive(data, now)
+        self._handle_events()  # now: what comes of it is part of what it costs
         took = self._clock() - began
         if took > READ_S / 2:
             self._slice = max(_LEAST, self._slice // 4)
-        elif took < READ_S / 8:
+        elif took < READ_S / 8 and len(data) >= _LEAST:
             self._slice = min(_CHUNK, 2 * self._slice)
         return len(data)
 

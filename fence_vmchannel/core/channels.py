@@ -7,7 +7,6 @@ The session pulls the next frame to send (`next_frame`) and hands over what came
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +16,6 @@ from fence_vmchannel.core.channel_state import (
     Channel,
     ChannelInput,
     ChannelState,
-    RoundRobin,
     largest_message,
     message_cost,
 )
@@ -32,7 +30,8 @@ from fence_vmchannel.core.events import (
     Priority,
     Role,
 )
-from fence_vmchannel.core.frames import END, FRAME_COST, HEADER_BYTES, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.core.frames import END, FRAME_COST, MAX_FRAGMENT, Frame, FrameType
+from fence_vmchannel.core.sending import ACCEPT, CLOSE, CREDIT, OPEN, Outgoing, SendQueues, encode_text
 from fence_vmchannel.core.tally import Refusal, Tally
 from fence_vmchannel.core.windows import Allowance, largest_window
 from fence_vmchannel.errors import (
@@ -48,27 +47,12 @@ from fence_vmchannel.errors import (
 if TYPE_CHECKING:
     from fence_vmchannel.core.saved import SavedChannels
 
-BULK_IN_FLIGHT: Final = 262_144
-"""Unacknowledged bytes on a link beyond which NORMAL data waits: what a fence may have to wait behind."""
-
-FENCING_IN_FLIGHT: Final = BULK_IN_FLIGHT + 65_536
-"""The same for data of FENCING and CONTROL channels: a reserve that bulk cannot take."""
-
-CONTROL_IN_FLIGHT: Final = FENCING_IN_FLIGHT + 65_536
-"""The same for refusals, and for ACCEPT, CREDIT, CLOSE and CANCEL of FENCING and CONTROL channels. All other
-control frames wait behind fencing data: an OPEN may be large, and a flood of them must not stop a fence."""
-
 RESERVED_CHANNELS: Final = 16
 """Channels that FENCING and CONTROL have beyond the limit of the session."""
 
 MAX_TARGET_BYTES: Final = 1_024
 MAX_REASON: Final = 1_000
 MAX_CHANNEL: Final = 0xFFFF_FFFE
-
-_OPEN = struct.Struct(">BQH")  # priority, window, length of the target
-_ACCEPT = struct.Struct(">Q")  # window
-_CREDIT = struct.Struct(">QQ")  # delivered, limit
-_CLOSE = struct.Struct(">H")  # code
 
 _FULL: Final = "the windows of the session's channels are at their limit"
 _CONTROL: Final = (
@@ -79,9 +63,6 @@ _CONTROL: Final = (
     FrameType.CANCEL,
 )
 """What may wait as a control frame."""
-
-Outgoing = tuple[int, int, int, bytes, int | None]
-"""A frame without its numbers: type, flags, channel, payload, CRC of the payload if it is known."""
 
 
 class Multiplexer:
@@ -98,12 +79,8 @@ class Multiplexer:
         self._peer_highest = 0  # highest number that the peer opened: all at or below it are known or gone
         self._promised = Allowance(limits.session_bytes)  # of which each channel holds its `promised`
         self._admitted = Allowance(limits.session_bytes)  # of which each channel holds its `admitted`
-        self._urgent: deque[tuple[FrameType, int]] = deque()  # control frames that may overtake the others
-        self._control: deque[tuple[FrameType, int]] = deque()
+        self._waiting = SendQueues(self._channels)
         self.late: set[int] = set()  # channels whose CREDIT waits for more, or for `release_credit`
-        self._refusals: deque[tuple[int, CloseCode, str]] = deque()
-        self._rings = tuple(RoundRobin() for _ in Priority)  # by priority
-        self._queued_bytes = 0
 
     def __len__(self) -> int:
         return len(self._channels)
@@ -111,7 +88,7 @@ class Multiplexer:
     @property
     def queued_bytes(self) -> int:
         """Payload bytes of DATA that have no sequence number yet."""
-        return self._queued_bytes
+        return self._waiting.queued_bytes
 
     def living(self) -> tuple[int, ...]:
         """The numbers of the channels that our side has not ended."""
@@ -129,7 +106,7 @@ class Multiplexer:
         """See `Connection.open`."""
         channel = self._new(self._next_number, target, priority, ChannelState.QUEUED)
         window = min(self._window(window), channel.most)
-        if len(_encode(target)) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
+        if len(encode_text(target)) > MAX_TARGET_BYTES or len(payload) > MAX_FRAGMENT:
             raise MessageTooLarge(f"target over {MAX_TARGET_BYTES} bytes, or payload over {MAX_FRAGMENT}")
         if not self._room_for_another(priority) or self._next_number > MAX_CHANNEL:
             raise ServiceRefused(CloseCode.LIMIT, f"{len(self._channels)} channels are open")
@@ -140,7 +117,7 @@ class Multiplexer:
         channel.open_payload = payload
         self._next_number += 2
         self._channels[channel.number] = channel
-        self._queue_control(FrameType.OPEN, channel)
+        self._waiting.control(FrameType.OPEN, channel)
         return channel.number
 
     def accept(self, number: int, window: int | None, payload: bytes) -> None:
@@ -155,7 +132,7 @@ class Multiplexer:
         channel.apply(ChannelInput.ACCEPT)
         channel.receive_limit = window
         channel.accept_payload = payload
-        self._queue_control(FrameType.ACCEPT, channel)
+        self._waiting.control(FrameType.ACCEPT, channel)
 
     def send(
         self, number: int, data: bytes | bytearray | memoryview, end: bool, crc: int | None = None
@@ -179,8 +156,8 @@ class Multiplexer:
                 fragment = bytes(view[at : at + MAX_FRAGMENT])
                 channel.queue.append((fragment, END if end and last else 0, None))
         channel.sent += cost
-        self._queued_bytes += size
-        self._rings[channel.priority].add(channel)
+        self._waiting.queued_bytes += size
+        self._waiting.data(channel)
 
     def credit(self, number: int) -> int:
         """See `Connection.credit`."""
@@ -236,16 +213,16 @@ class Multiplexer:
         if channel is None or channel.state is ChannelState.CLOSING:
             return
         if self._end(channel, code, reason) and not channel.queue:
-            self._queue_control(FrameType.CLOSE, channel)  # as control: behind an ACCEPT, before data
+            self._waiting.control(FrameType.CLOSE, channel)  # as control: behind an ACCEPT, before data
 
     def abort(self, number: int, code: CloseCode, reason: str) -> None:
         """See `Connection.abort`."""
         channel = self._channels.get(number)
         if channel is None or (channel.state is ChannelState.CLOSING and not channel.queue):
             return
-        self._drop_queue(channel)
+        self._waiting.drop_data(channel)
         if channel.state is ChannelState.CLOSING or self._end(channel, code, reason):
-            self._queue_control(FrameType.CANCEL, channel)
+            self._waiting.control(FrameType.CANCEL, channel)
 
     def abandon(self, keeps: Callable[[str], bool], code: CloseCode, reason: str) -> dict[int, int]:
         """See `Connection.abandon`."""
@@ -271,23 +248,7 @@ class Multiplexer:
 
     def next_frame(self, in_flight: int) -> Outgoing | None:
         """The next frame to send, by priority; None: none waits, or `in_flight` bytes are too many."""
-        if in_flight >= CONTROL_IN_FLIGHT:
-            return None
-        if self._refusals:
-            number, code, reason = self._refusals.popleft()
-            return FrameType.CLOSE, 0, number, _close_payload(code, reason), None
-        frame = self._next_control(self._urgent) if self._urgent else None
-        if frame is not None or in_flight >= FENCING_IN_FLIGHT:
-            return frame
-        control, fencing, normal = self._rings
-        frame = (self._next_data(control) if control.ring else None) or (
-            self._next_data(fencing) if fencing.ring else None
-        )
-        if frame is None and self._control:
-            frame = self._next_control(self._control)
-        if frame is not None or in_flight > BULK_IN_FLIGHT - HEADER_BYTES - MAX_FRAGMENT:
-            return frame
-        return self._next_data(normal) if normal.ring else None
+        return self._waiting.next_frame(in_flight)
 
     def confirm(self, number: int) -> None:
         """Our CLOSE or CANCEL of a channel has been acknowledged."""
@@ -308,76 +269,20 @@ class Multiplexer:
             else:
                 lost[number] = channel.sent - channel.delivered
                 self._give_back(channel)
-        self._channels = survivors
-        self._urgent.clear()
-        self._control.clear()
+        self._channels.clear()
+        self._channels.update(survivors)
+        self._waiting.clear()
         for channel in survivors.values():
-            self._queue_control(FrameType.OPEN, channel)
-        self._refusals.clear()
+            self._waiting.control(FrameType.OPEN, channel)
         self.late.clear()
         self._peer_highest = 0
-        self._queued_bytes = 0
-        for ring in self._rings:
-            ring.clear()
         return lost
-
-    def _queue_control(self, kind: FrameType, channel: Channel) -> None:
-        # No OPEN overtakes another: their numbers rise.
-        normal = kind is FrameType.OPEN or channel.priority is Priority.NORMAL
-        (self._control if normal else self._urgent).append((kind, channel.number))
 
     def _queue_credit(self, channel: Channel) -> None:
         self.late.discard(channel.number)
         if not channel.credit_due:
             channel.credit_due = True
-            self._queue_control(FrameType.CREDIT, channel)
-
-    def _next_control(self, queue: deque[tuple[FrameType, int]]) -> Outgoing | None:
-        while queue:
-            kind, number = queue.popleft()
-            channel = self._channels.get(number)
-            if channel is not None:
-                payload = self._control_payload(kind, channel)
-                if payload is not None:
-                    return kind, 0, number, payload, None
-        return None
-
-    def _control_payload(self, kind: FrameType, channel: Channel) -> bytes | None:
-        """The payload of a control frame whose turn has come; None if it has become needless."""
-        match kind:
-            case FrameType.OPEN:
-                channel.apply(ChannelInput.OPEN_SENT)
-                target = _encode(channel.target)
-                payload, channel.open_payload = channel.open_payload, b""
-                channel.announced = channel.window
-                return _OPEN.pack(channel.priority, channel.window, len(target)) + target + payload
-            case FrameType.ACCEPT:
-                payload, channel.accept_payload = channel.accept_payload, b""
-                channel.announced = channel.window
-                return _ACCEPT.pack(channel.window) + payload
-            case FrameType.CREDIT:
-                channel.credit_due = False
-                if channel.state is not ChannelState.OPEN:
-                    return None
-                channel.announced = channel.receive_limit
-                return _CREDIT.pack(channel.consumed, channel.receive_limit)
-            case _:  # CLOSE, CANCEL
-                if channel.close_code is None:
-                    return None
-                code, channel.close_code = channel.close_code, None
-                return _close_payload(code, channel.close_reason)
-
-    def _next_data(self, ring: RoundRobin) -> Outgoing | None:
-        channel = ring.next()
-        if channel is None:
-            return None
-        kind, flags, payload, crc = channel.pop()
-        if kind == FrameType.DATA:
-            self._queued_bytes -= len(payload)
-        elif channel.close_code is not None:
-            payload = _close_payload(channel.close_code, channel.close_reason)
-            channel.close_code = None
-        return kind, flags, channel.number, payload, crc
+            self._waiting.control(FrameType.CREDIT, channel)
 
     # --- the session's side: receiving ---
 
@@ -421,7 +326,7 @@ class Multiplexer:
         channel = self._known(frame)
         if channel is None or channel.state is ChannelState.CLOSING:
             return
-        delivered, limit = _unpack(_CREDIT, frame)
+        delivered, limit = _unpack(CREDIT, frame)
         if (
             channel.state is not ChannelState.OPEN
             or not channel.delivered <= delivered <= channel.scheduled
@@ -442,9 +347,9 @@ class Multiplexer:
         number = frame.channel
         if number % 2 == self._parity or number <= self._peer_highest:
             raise RemoteProtocolError(f"OPEN with channel number {number}")
-        priority, window, length = _unpack(_OPEN, frame)
-        raw = frame.payload[_OPEN.size : _OPEN.size + length]
-        payload = frame.payload[_OPEN.size + length :]
+        priority, window, length = _unpack(OPEN, frame)
+        raw = frame.payload[OPEN.size : OPEN.size + length]
+        payload = frame.payload[OPEN.size + length :]
         self._peer_highest = number
         if priority > Priority.NORMAL or len(raw) < length:
             raise RemoteProtocolError(f"OPEN of channel {number} is malformed")
@@ -469,8 +374,8 @@ class Multiplexer:
             return
         if channel.state is not ChannelState.OPENING:
             raise RemoteProtocolError(f"ACCEPT of channel {frame.channel}, which is {channel.state.value}")
-        (window,) = _unpack(_ACCEPT, frame)
-        if len(frame.payload) - _ACCEPT.size > MAX_FRAGMENT:
+        (window,) = _unpack(ACCEPT, frame)
+        if len(frame.payload) - ACCEPT.size > MAX_FRAGMENT:
             self._break(channel, "the payload of ACCEPT is too long")
             return
         window = min(window, channel.most)
@@ -479,23 +384,23 @@ class Multiplexer:
             return
         channel.apply(ChannelInput.ACCEPTED)
         channel.send_limit = window
-        self._events.append(ChannelAccepted(frame.channel, window, frame.payload[_ACCEPT.size :]))
+        self._events.append(ChannelAccepted(frame.channel, window, frame.payload[ACCEPT.size :]))
 
     def _take_close(self, frame: Frame) -> None:
         channel = self._known(frame)
         if channel is None:
             return
-        (number,) = _unpack(_CLOSE, frame)
+        (number,) = _unpack(CLOSE, frame)
         try:
             code = CloseCode(number)
         except ValueError:  # of a later version
             code = CloseCode.INTERNAL
         told = channel.state is ChannelState.CLOSING
         channel.apply(ChannelInput.CLOSED)
-        self._drop_queue(channel)
+        self._waiting.drop_data(channel)
         self._forget(channel)
         if not told:
-            reason = frame.payload[_CLOSE.size :].decode("utf-8", "replace")[:MAX_REASON]
+            reason = frame.payload[CLOSE.size :].decode("utf-8", "replace")[:MAX_REASON]
             self._events.append(Closed(frame.channel, code, reason, frame.type == FrameType.CANCEL))
 
     # --- hand-over ---
@@ -513,8 +418,8 @@ class Multiplexer:
             next_number=self._next_number,
             peer_highest=self._peer_highest,
             channels=tuple(channel.save() for channel in self._channels.values()),
-            control=tuple(SavedControl(kind, number) for kind, number in (*self._urgent, *self._control)),
-            refusals=tuple(SavedRefusal(*refusal) for refusal in self._refusals),
+            control=tuple(SavedControl(kind, number) for kind, number in self._waiting.controls()),
+            refusals=tuple(SavedRefusal(*refusal) for refusal in self._waiting.refusals),
         )
 
     def load(self, saved: SavedChannels) -> None:
@@ -538,22 +443,22 @@ class Multiplexer:
             channel.most = max(most, channel.window, channel.largest_window)
             self._promised.hold(channel.promised)
             self._admitted.hold(channel.admitted)
-            self._queued_bytes += sum(len(payload) for payload, *_ in channel.queue)
+            self._waiting.queued_bytes += sum(len(payload) for payload, *_ in channel.queue)
             if channel.wants_to_send():
-                self._rings[channel.priority].add(channel)
+                self._waiting.data(channel)
         for entry in saved.control:
             kind, owner = FrameType(entry.kind), self._channels.get(entry.channel)
             if owner is None:
                 continue  # it was gone already when the session was saved
             if kind not in _CONTROL or (kind is FrameType.OPEN) != (owner.state is ChannelState.QUEUED):
                 raise ValueError(f"a {kind.name} waits for channel {entry.channel}")
-            self._queue_control(kind, owner)
+            self._waiting.control(kind, owner)
             if kind is FrameType.CREDIT:
                 owner.credit_due = True
         for refusal in saved.refusals:
             if not 0 < refusal.channel <= saved.peer_highest:
                 raise ValueError(f"channel number {refusal.channel}")
-            self._refusals.append((refusal.channel, CloseCode(refusal.code), refusal.reason))
+            self._waiting.refusals.append((refusal.channel, CloseCode(refusal.code), refusal.reason))
 
     # --- helpers ---
 
@@ -623,21 +528,12 @@ class Multiplexer:
         self._admitted.give_back(channel.admitted)
 
     def _forget(self, channel: Channel) -> None:
-        """The channel is gone. What still queues for it is cleared now and then: a peer that opens and closes
-        without ever acknowledging would make the queues grow without end."""
+        """The channel is gone."""
         self._give_back(channel)
         self.late.discard(channel.number)
         channel.close_code = None
         del self._channels[channel.number]
-        enough = 64 + 8 * len(self._channels)  # a channel has at most four control frames waiting
-        for queue in (self._urgent, self._control):
-            if len(queue) > enough:
-                alive = [entry for entry in queue if entry[1] in self._channels]
-                queue.clear()
-                queue.extend(alive)
-        for ring in self._rings:
-            if len(ring) > 64 + 2 * len(self._channels):
-                ring.retain(self._channels)
+        self._waiting.tidy()
 
     def _end(self, channel: Channel, code: CloseCode, reason: str) -> bool:
         """Our side ends a channel; False if nobody else knows of it, so that nothing is to be sent."""
@@ -656,21 +552,9 @@ class Multiplexer:
 
     def _refuse(self, number: int, code: CloseCode, reason: str) -> None:
         self._tally[Refusal.CHANNEL_LIMIT if code is CloseCode.LIMIT else Refusal.CHANNEL] += 1
-        if len(self._refusals) >= self._limits.channels:
+        if len(self._waiting.refusals) >= self._limits.channels:
             raise RemoteProtocolError("too many channels opened beyond the limit")
-        self._refusals.append((number, code, reason))
-
-    def _drop_queue(self, channel: Channel) -> None:
-        self._queued_bytes -= sum(len(payload) for payload, *_ in channel.queue)
-        channel.queue.clear()
-
-
-def _close_payload(code: CloseCode, reason: str) -> bytes:
-    return _CLOSE.pack(code) + _encode(reason)
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "replace")
+        self._waiting.refusals.append((number, code, reason))
 
 
 def _unpack(layout: struct.Struct, frame: Frame) -> tuple[int, ...]:

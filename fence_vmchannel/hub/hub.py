@@ -49,6 +49,7 @@ from fence_vmchannel.hub.waiting import CLAIM_S, Resumable, Waiting
 from fence_vmchannel.hub.watch import Watch, WatchList
 from fence_vmchannel.links.local import BACKLOG, LocalListener
 from fence_vmchannel.messages import FENCE_SERVICE
+from fence_vmchannel.pace import Pace
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 from fence_vmchannel.supervisor import Supervisor
 
@@ -63,6 +64,13 @@ DEFAULT_TERMS: Final = PeerTerms()
 
 LOCAL_LIMITS: Final = Limits(channels=256, session_bytes=33_554_432)
 """Of one local application."""
+
+OPENS_PER_S: Final = 1_000.0
+"""Channels that one VM, or one user, may open a second: about as many as a program gets that waits for
+each."""
+
+OPENS_BURST_S: Final = 1.0
+"""So many seconds' worth of them may come at once."""
 
 _DRAIN_S = 0.5
 
@@ -90,6 +98,7 @@ class Hub:
         sessions: str = "",
         clock: Callable[[], float] = boot_clock,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        opening: Pace | None = None,
     ) -> None:
         """Make a hub; it runs inside `async with`.
 
@@ -104,6 +113,7 @@ class Hub:
             sessions: file, on a tmpfs, in which `stop` leaves the sessions to the next process; "": none.
             clock: seconds; what the sessions' ticks and deadlines mean.
             random_bytes: unguessable bytes.
+            opening: how fast each VM, and each user but root, may open channels; None: OPENS_PER_S.
         """
         self._identity = identity
         self._terms = terms
@@ -124,6 +134,7 @@ class Hub:
             publish=self._watches.publish,
             clock=clock,
             tally=self.refused,
+            opening=opening or Pace(OPENS_PER_S, clock, burst_s=OPENS_BURST_S),
         )
         self._servers: list[LocalServer] = []
         self._waiting = Waiting()
@@ -255,6 +266,7 @@ class Hub:
         else:
             endpoint.connection.set_limits(terms.limits)
             endpoint.belong(peer, observer)
+            endpoint.abandon(terms.keeps)  # the peer is away until it has greeted this process
         entry = Peer(peer, endpoint, connector, terms, owner, mute_rounds=1 if role is Role.HOST else 0)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")

@@ -74,7 +74,8 @@ class Peer:
     mute_rounds: int = 0  # how often MUTE_S a link may be mute; 0: for ever
     hurry: asyncio.Event = field(default_factory=asyncio.Event)  # try again now
     noise: RateLimitedLog = field(default_factory=lambda: RateLimitedLog(log, clock=time.monotonic))
-    """For what the peer can cause as often as it likes: it may greet anew twice a second."""
+    """For what the peer, or who listens in its place, can cause as often as it likes: it may greet anew twice
+    a second, and refuse links for two reasons in turn."""
 
 
 class PeerTable:
@@ -200,7 +201,7 @@ class PeerTable:
         peer.endpoint.detail = reason
         if peer.trouble != reason and peer.present:
             peer.trouble = reason
-            log.warning("peer %s: no link: %s", peer.info, quoted(reason))
+            peer.noise.warning("peer %s: no link: %s", peer.info, quoted(reason))
             self._publish(PortUnusable(peer.info.port, peer.info.name, reason, peer.info.key))
 
 
@@ -245,8 +246,8 @@ async def keep_linked(peer: Peer, table: PeerTable) -> None:
             link = await peer.connector.connect()
         except LinkError as error:
             table.trouble(peer, str(error))
-        except Exception:
-            log.exception("peer %s: cannot connect", peer.info)
+        except Exception:  # noqa: BLE001 - it is logged, as often as the log can bear
+            peer.noise.exception("peer %s: cannot connect", peer.info)
             table.trouble(peer, "internal error; the log says more")
         else:
             peer.trouble = ""

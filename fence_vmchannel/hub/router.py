@@ -25,6 +25,7 @@ from fence_vmchannel.hub.relay import relay, relayed
 from fence_vmchannel.hub.serving import Handler, serve_channel
 from fence_vmchannel.hub.shares import may_take, owner
 from fence_vmchannel.logs import RateLimitedLog, quoted
+from fence_vmchannel.pace import Pace
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())
@@ -71,8 +72,11 @@ class Router:
         publish: Callable[[HubEvent], None],
         clock: Callable[[], float],
         tally: Tally,
+        opening: Pace,
     ) -> None:
+        """`opening` is how fast each may open channels: who is faster is read later."""
         self._peers = peers
+        self._opening = opening
         self._tally = tally
         self._access = access
         self._priorities = priorities
@@ -127,6 +131,7 @@ class Router:
 
     def from_peer(self, endpoint: Endpoint, event: ChannelOpened) -> None:
         """A peer opened a channel."""
+        self._slow_down(endpoint)
         service = None if event.target.startswith(".") else self._services.get(event.target)
         if service is None:
             reason = f"nobody offers {quoted(event.target)} here"
@@ -136,12 +141,21 @@ class Router:
 
     def from_local(self, endpoint: Endpoint, event: ChannelOpened) -> None:
         """A local application opened a channel."""
+        self._slow_down(endpoint)
         try:
             self._route_local(endpoint, event)
         except ServiceRefused as error:
             self._refuse(endpoint, event, error.code, error.reason)
         except ChannelError as error:
             self._refuse(endpoint, event, CloseCode.PROTOCOL, str(error))
+
+    def _slow_down(self, endpoint: Endpoint) -> None:
+        """Count a channel. Each costs a task here or work of an application that others use too, so one who
+        opens and closes them as fast as he can waits, though he never holds more than his share (S7).
+        """
+        who = owner(endpoint.peer)
+        if who is not None:
+            endpoint.rest(self._opening.wait_s(who))
 
     def _route_local(self, endpoint: Endpoint, event: ChannelOpened) -> None:
         service = self._services.get(event.target)

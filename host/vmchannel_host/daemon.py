@@ -6,20 +6,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import fence_vmchannel
 from fence_vmchannel.access import ROOT_ONLY, AccessRules
 from fence_vmchannel.core.events import PeerIdentity
 from fence_vmchannel.errors import LinkError
-from fence_vmchannel.hub.hub import Hub, boot_clock
+from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.messages import FENCE_SERVICE, REQUEST_ID_BYTES, FenceAction, FenceAnswer
+from fence_vmchannel.pace import Pace
 from vmchannel_host.admin.daemon_view import Health, View, journal_state
 from vmchannel_host.admin.feed import Feed
 from vmchannel_host.admin.listener import AdminSocketError
@@ -27,42 +27,34 @@ from vmchannel_host.admin.metrics import Metrics
 from vmchannel_host.admin.server import AdminServer
 from vmchannel_host.bus.local import LocalBus
 from vmchannel_host.config.loading import check_config
-from vmchannel_host.config.model import AfterKill, HostConfig
+from vmchannel_host.config.model import HostConfig
 from vmchannel_host.doctor.daemon_facts import Doctor, MachineLook
 from vmchannel_host.doctor.facts import MachineFacts
 from vmchannel_host.doctor.machine import collect
 from vmchannel_host.fence_channel import FenceChannels, Metered
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import Coordinator
-from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.ordered import Ordered
 from vmchannel_host.fencing.requester import Requester
-from vmchannel_host.fencing.run import FenceSettings, Shell
+from vmchannel_host.fencing.run import Shell
 from vmchannel_host.fencing.service import FenceService
 from vmchannel_host.fencing.tasks import Tasks
-from vmchannel_host.hypervisors import Hypervisor, HypervisorError
+from vmchannel_host.hot_plug import HotPlug
+from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.launch import Launcher
-from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
-from vmchannel_host.hypervisors.process import (
-    HOST_PID_NAMESPACE,
-    ProcessTable,
-    read_boot_id,
-    read_pid_namespace,
-)
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
 from vmchannel_host.journal.journal import Journal
 from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
-from vmchannel_host.model import PidNamespace, VmUuid
+from vmchannel_host.model import VmUuid
 from vmchannel_host.notify import Notifier
-from vmchannel_host.pace import Pace
+from vmchannel_host.parts import Parts, host_hypervisor, real_parts, warn_of_namespace
 from vmchannel_host.policy.aliases import AliasTable
-from vmchannel_host.policy.policy import Policy
 from vmchannel_host.port_terms import terms_of_port
 from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.reporter import Reporter
 from vmchannel_host.returned_memory import ReturnedMemory
+from vmchannel_host.settings import Settings, fence_settings, start_commands
 from vmchannel_host.vm_ports import VmPorts
 
 FIRST_LOOK_S: Final = 10.0
@@ -74,31 +66,13 @@ GRACE_S: Final = 10.0
 CHECK_S: Final = 15.0
 """Between two checks of the journal."""
 
-FIXED: Final = ("host", "paths", "ports", "limits", "cluster")
-"""What a running daemon cannot change: a reload keeps it. New QMP socket globs take a restart too."""
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
 class StartError(Exception):
     """The daemon cannot start; the text names what is in the way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What touches the machine. Tests compose others; no key of the configuration and no option does."""
-
-    processes: ProcessTable
-    peers: ChardevPeers
-    clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
-    wall_clock: Callable[[], float] = time.time
-    random_bytes: Callable[[int], bytes] = os.urandom
-
-
-def real_parts() -> Parts:
-    """This machine."""
-    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
-    return Parts(processes=processes, peers=QemuPeers(processes))
 
 
 def build(
@@ -110,20 +84,6 @@ def build(
 ) -> Daemon:
     """Make the daemon of a configuration. Nothing is opened yet. `file` is where it was read from."""
     return Daemon(config, file, notifier or Notifier({}), parts or real_parts())
-
-
-@dataclass(slots=True)
-class _Settings:
-    """What a reload replaces."""
-
-    config: HostConfig
-    policy: Policy = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.policy = Policy.from_config(self.config)
-
-    def take(self, config: HostConfig) -> None:
-        self.config, self.policy = config, Policy.from_config(config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +105,14 @@ class Daemon:
     """The host daemon. `run` once; `stop` and `reload` from the same event loop."""
 
     def __init__(self, config: HostConfig, file: Path | None, notifier: Notifier, parts: Parts) -> None:
-        self._settings = _Settings(config)
+        self._settings = Settings(config)
         self._file = file
         self._notifier = notifier
         self._parts = parts
         self._health = Health()
         self._stop = asyncio.Event()
-        self._launcher = Launcher(_start_commands(config))
-        self._hypervisor: Hypervisor = QmpHypervisor(
-            QmpSettings(sockets=tuple(glob for one in config.hypervisors for glob in one.sockets)),
-            host=config.host,
-            processes=parts.processes,
-            launcher=self._launcher,
-            clock=parts.clock,
-        )
+        self._launcher = Launcher(start_commands(config))
+        self._hypervisor = host_hypervisor(config, parts, self._launcher)
         self._coordinator: Coordinator | None = None
         self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
         self._registry.expect(self._settings.policy.named_uuids())
@@ -170,16 +124,11 @@ class Daemon:
     def reload(self, config: HostConfig) -> None:
         """Take over what a checked configuration changes: policy, aliases, fencing, start commands."""
         self._notifier.reloading()
-        running = self._settings.config
-        for key in FIXED:
-            if getattr(config, key) != getattr(running, key):
-                _log.warning("%s was changed; that takes a restart", key)
-        config = replace(config, **{key: getattr(running, key) for key in FIXED})
-        self._settings.take(config)
+        config = self._settings.take(config)
         self._registry.expect(self._settings.policy.named_uuids())
-        self._launcher.replace(_start_commands(config))
+        self._launcher.replace(start_commands(config))
         if self._coordinator is not None:
-            self._coordinator.set_settings(_fence_settings(config))
+            self._coordinator.set_settings(fence_settings(config))
         logging.getLogger("vmchannel_host").setLevel(config.log.level.value.upper())
         logging.getLogger("fence_vmchannel").setLevel(config.log.level.value.upper())
         _log.info("configuration read again: %d groups", len(config.policy.groups))
@@ -192,19 +141,32 @@ class Daemon:
             StartError: the journal, a socket or a directory cannot be used; the text names it.
         """
         config = self._settings.config
-        _warn_of_namespace(self._parts.processes.pid_namespace)
+        warn_of_namespace(self._parts.processes.pid_namespace)
         try:
             config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            journal = await self._open_journal(config)
+            journal = await self._unless_stopped(self._open_journal(config))
         except (JournalError, OSError) as error:
             raise StartError(str(error)) from error
+        if journal is None:
+            return
         try:
             await self._run_with(journal)
         except LinkError as error:  # another daemon keeps its sessions where ours are
             raise StartError(str(error)) from error
         finally:
             await journal.close()
+
+    async def _unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
+        """What comes of `work`; None when `stop` comes before: a disk may be dead."""
+        task = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            stopping.cancel()
+            task.cancel()
 
     async def _open_journal(self, config: HostConfig) -> Journal:
         """One that cannot be used is taken too: whoever asks for a fence or for what is wrong is told why."""
@@ -269,7 +231,7 @@ class Daemon:
         names, tasks, metrics = AliasTable(), Tasks(), Metrics()
         bus = LocalBus[Ordered](config.host)
         shell = Shell(bus, self._hypervisor, instances, journal, parts.clock, tasks)
-        coordinator = Coordinator(shell, _fence_settings(config), parts.processes.boot_id)
+        coordinator = Coordinator(shell, fence_settings(config), parts.processes.boot_id)
         service = FenceService(
             host=config.host,
             boot_id=parts.processes.boot_id,
@@ -317,6 +279,15 @@ class Daemon:
                 rules=lambda: core.coordinator.settings.rules,
                 running=core.coordinator.running,
             ),
+            hot_plug=HotPlug(
+                plugs=self._hypervisor,
+                directory=self._registry.directory,
+                policy=lambda: self._settings.policy,
+                names=core.names,
+                running=core.coordinator.running,
+                log=core.journal,
+                prefix=self._settings.config.ports.prefix,
+            ),
             journal=core.journal,
             feed=core.feed,
             health=self._health,
@@ -331,7 +302,12 @@ class Daemon:
         def machine(paths: Sequence[str], timeout_s: float) -> MachineFacts:
             problems = [str(one) for one in check_config(self._file)] if self._file is not None else []
             return collect(
-                settings.config, ports=paths, daemon=os.getpid(), problems=problems, timeout_s=timeout_s
+                settings.config,
+                ports=paths,
+                daemon=os.getpid(),
+                problems=problems,
+                timeout_s=timeout_s,
+                pid_namespace=parts.processes.pid_namespace,
             )
 
         return Doctor(
@@ -440,27 +416,3 @@ class Daemon:
 
 class _Stopped(Exception):
     """Asked to stop: ends the task group."""
-
-
-def _warn_of_namespace(own: PidNamespace) -> None:
-    """A container in which the VMs run too is a place to try things; on a host it hides the VMs."""
-    if own != HOST_PID_NAMESPACE:
-        _log.error(
-            "this daemon runs in pid namespace %d, not in the host's: it sees and fences only VMs whose "
-            "processes run in it. On a host that runs VMs, run it in the host's pid namespace",
-            own,
-        )
-
-
-def _start_commands(config: HostConfig) -> dict[str, tuple[str, ...]]:
-    return {vm: command for one in config.hypervisors for vm, command in one.start.items()}
-
-
-def _fence_settings(config: HostConfig) -> FenceSettings:
-    return FenceSettings(
-        quit_timeout_s=config.fencing.quit_timeout_s,
-        timeout_s=config.fencing.timeout_s,
-        rules=Rules(
-            settle=config.fencing.after_kill is AfterKill.SETTLE, standalone=config.cluster.standalone
-        ),
-    )

@@ -26,13 +26,13 @@ from fence_vmchannel.messages import (
     decode_message,
     encode_message,
 )
+from fence_vmchannel.pace import Pace
 from fence_vmchannel.tlv import encode
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import FenceService, ProgressSink
 from vmchannel_host.fencing.turns import Turns
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import VmUuid
-from vmchannel_host.pace import Pace
 from vmchannel_host.vm_ports import VmPort
 
 _log = BoundLogger(logging.getLogger(__name__), {})

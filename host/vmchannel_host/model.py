@@ -126,6 +126,7 @@ class EndCause(Enum):
     """What we did to the process."""
 
     QUIT = "quit"  # QMP quit: QEMU drained its I/O and left
+    TERM = "term"  # SIGTERM through the pidfd: QEMU drained its I/O and left
     KILL = "kill"  # SIGKILL through the pidfd
     NONE = "none"  # it ended without us
 

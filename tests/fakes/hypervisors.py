@@ -14,6 +14,9 @@ from vmchannel_host.hypervisors import (
     HypervisorError,
     HypervisorEvent,
     NotProven,
+    PlugError,
+    Plugged,
+    PlugProblem,
     Seen,
 )
 from vmchannel_host.model import (
@@ -27,6 +30,7 @@ from vmchannel_host.model import (
     IoState,
     Look,
     Migration,
+    PortName,
     ProcessIdentity,
     RunState,
     UnknownProcess,
@@ -50,13 +54,15 @@ class FakeHypervisor:
         self.looks = 0
         self.silent: tuple[tuple[VmUuid, str], ...] = ()
         self.conflicts: tuple[str, ...] = ()
-        self.scanned = True  # whether a scan before the next look has seen the conflicts
         self.unknown: tuple[UnknownProcess, ...] = ()
         self.io = IoState.DRAINED
         self.cause = EndCause.QUIT
         self.startable: set[VmUuid] = set()
         self.mute: set[ProcessIdentity] = set()  # monitors that do not answer
+        self.saved: dict[VmUuid, bool] = {}  # VMs with saved memory, and whether it can be removed
         self.boot_s = 0.5  # from start to running
+        self.plugged: dict[VmUuid, set[PortName]] = {}  # ports that were attached
+        self.plug_fails: PlugError | None = None
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
         self._acts_begun: dict[str, asyncio.Event] = {}
@@ -134,20 +140,26 @@ class FakeHypervisor:
         instance = self.instances.get(identity)
         return instance.interruptions if instance is not None else -1
 
-    def doubts(self) -> tuple[str, ...]:
-        return self.conflicts if self.scanned else ()
-
     async def catch_up(self, identity: ProcessIdentity, *, timeout_s: float) -> None:
         await asyncio.sleep(self.delay_s)
         if identity not in self.instances or identity in self.mute:
             raise HypervisorError("no monitor tells what happened to it")
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         self.looks += 1
         self._begun("look").set()
         at = self.clock()
         await asyncio.sleep(self.delay_s)
-        return Look(HOST, at, tuple(self.instances.values()), self.silent, self.conflicts, self.unknown)
+        saved = tuple((vm_uuid, "a managed save of it exists") for vm_uuid in self.saved)
+        silent = self.silent + saved
+        return Look(HOST, at, tuple(self.instances.values()), silent, self.conflicts, self.unknown)
+
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        if not self.saved.get(vm, False):
+            return ()
+        self.note(f"discard {vm}")
+        del self.saved[vm]
+        return ("managed save removed",)
 
     async def off(
         self,
@@ -195,6 +207,29 @@ class FakeHypervisor:
         await asyncio.sleep(self.delay_s)
         identity = self.add(vm, name, run_state=RunState.PRELAUNCH)
         asyncio.get_running_loop().call_later(self.boot_s, self._boot, identity)
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        ports = await self._plugging(vm, f"attach {port}")
+        there = port in ports
+        ports.add(port)
+        return Plugged(not there, (port,), () if there else ("it is there until the VM ends",))
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        ports = await self._plugging(vm, f"detach {port}")
+        gone = tuple(sorted(ports if port is None else ports & {port}))
+        ports.difference_update(gone)
+        return Plugged(bool(gone), gone)
+
+    async def _plugging(self, vm: VmUuid, act: str) -> set[PortName]:
+        self.note(act)
+        await asyncio.sleep(self.delay_s)
+        if self.plug_fails is not None:
+            raise self.plug_fails
+        if not any(identity.vm_uuid == vm for identity in self.instances):
+            raise PlugError(PlugProblem.NOT_RUNNING, "it does not run here", "start it")
+        return self.plugged.setdefault(vm, set())
 
     def _boot(self, identity: ProcessIdentity) -> None:
         instance = self.instances.get(identity)
@@ -296,7 +331,7 @@ class MixedUpHypervisor(FakeHypervisor):
 class ForgetfulHypervisor(FakeHypervisor):
     """Looks answer from memory: what was seen before they were asked for."""
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         self.looks += 1
         self._begun("look").set()
         return Look(HOST, self.clock() - 1.0, (), ())
@@ -305,7 +340,7 @@ class ForgetfulHypervisor(FakeHypervisor):
 class BlindHypervisor(FakeHypervisor):
     """Looks fail."""
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         raise HypervisorError("/proc cannot be read")
 
 
@@ -315,9 +350,9 @@ class ForkingHypervisor(FakeHypervisor):
     forks = ""  # the VM's name; "" when none is started
     vm = VmUuid("")
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         if not self.forks:
-            return await super().look(timeout_s=timeout_s, vm=vm)
+            return await super().look(timeout_s=timeout_s, vm=vm, monitors=monitors)
         name, self.forks = self.forks, ""
         at = self.clock()
         first = self.add(self.vm, name, run_state=RunState.UNKNOWN, migration=Migration.UNKNOWN)

@@ -211,11 +211,39 @@ SCRIPTS: Mapping[str, Callable[[str], dict[str, Reply]]] = MappingProxyType(
         "garbage": lambda vm_uuid: truthful(vm_uuid) | {"query-status": answer(["running"])},
         "flood": lambda vm_uuid: truthful(vm_uuid) | {"query-migrate": _flood},
         "hangs-up": lambda vm_uuid: truthful(vm_uuid) | {"query-status": _hang_up},
+        "stalls-when-plugged-into": lambda vm_uuid: truthful(vm_uuid) | _stall_at_device_add(),
         "opens-and-closes-its-port-in-silence": lambda vm_uuid: (
             truthful(vm_uuid) | {"query-chardev": _open_for_a_while()}
         ),
     }
 )
+
+
+def _stall_at_device_add() -> dict[str, Reply]:
+    """Takes a chardev and never answers for the port; what comes later is answered."""
+    chardevs: list[object] = []
+
+    async def add(session: Session, identifier: object) -> None:
+        chardevs.append({"label": "added", "filename": "unix:/nowhere,server=on", "frontend-open": False})
+        session.say({"return": {}, "id": identifier})
+
+    async def remove(session: Session, identifier: object) -> None:
+        chardevs.clear()
+        session.say({"return": {}, "id": identifier})
+
+    async def tell(session: Session, identifier: object) -> None:
+        session.say({"return": list(chardevs), "id": identifier})
+
+    controller = {"name": "serial", "type": "child<virtio-serial-pci>"}
+    return {
+        "qom-list": answer([controller, {"name": "serial.0", "type": "child<virtio-serial-bus>"}]),
+        "query-chardev": tell,
+        "getfd": answer({}),
+        "chardev-add": add,
+        "chardev-remove": remove,
+        "device_add": silence,
+        "device_del": refuse("Device 'it' not found"),
+    }
 
 
 def _open_for_a_while() -> Reply:

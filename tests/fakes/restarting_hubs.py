@@ -12,6 +12,7 @@ from pathlib import Path
 from fence_vmchannel.core.events import PeerIdentity, Role
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.hub.peer_table import Connector
+from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.peers import HOST_PEER, PeerInfo
 from tests.fakes.hub_pair import HOST, VM, FakePort
 
@@ -26,6 +27,7 @@ class RestartingHub:
     peer: PeerInfo
     connector: Connector
     owner: str = "process 1"
+    terms: PeerTerms = field(default_factory=PeerTerms)  # of the peer, for the next start
     hub: Hub = field(init=False)
     _scope: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -44,7 +46,7 @@ class RestartingHub:
         default_peer = HOST_PEER if self.role is Role.GUEST else ""
         self.hub = Hub(self.identity, default_peer=default_peer, sessions=str(self.sessions))
         await self._scope.enter_async_context(self.hub)
-        self.hub.attach(self.peer, self.connector, role=self.role, owner=self.owner)
+        self.hub.attach(self.peer, self.connector, role=self.role, terms=self.terms, owner=self.owner)
         self.hub.serve(self.path)
 
     async def stop(self) -> None:

@@ -18,11 +18,12 @@ from fence_vmchannel.tlv import decode
 from tests.fakes.conversation import Conversation, seeded_bytes
 from tests.fakes.raw_peer import RawPeer
 from tests.fuzz.target import Target
-from vmchannel_host.admin.json_text import AdminRefusal, dump, parse_order
+from vmchannel_host.admin.json_text import AdminRefusal, dump, parse_order, parse_plug
 from vmchannel_host.admin.view import FenceOrder
 from vmchannel_host.config.yaml_text import MAX_DEPTH, Value, YamlError, parse_yaml
-from vmchannel_host.fencing.codec import Unreadable, read_intent, read_outcome
+from vmchannel_host.fencing.codec import Unreadable, read_intent, read_outcome, read_phase
 from vmchannel_host.fencing.ordered import Phase
+from vmchannel_host.hot_plug import PlugOrder
 from vmchannel_host.hypervisors.cmdline import parse_command_line
 from vmchannel_host.hypervisors.process import parse_stat
 from vmchannel_host.hypervisors.qmp_state import (
@@ -210,6 +211,8 @@ def fuzz_journal(data: bytes) -> None:
         read_intent(operation, body, Phase.BEGUN)
     with suppress(Unreadable):
         read_outcome(operation, body)
+    with suppress(Unreadable):
+        read_phase(str(body.get("phase")))
     with suppress(JournalMisuse):
         text = canonical(body)
         assert len(text) <= MAX_BODY
@@ -217,7 +220,8 @@ def fuzz_journal(data: bytes) -> None:
 
 
 def fuzz_admin(data: bytes) -> None:
-    """The body of a fence order is an order or an `AdminRefusal` that can be sent."""
+    """The body of an order is an order or an `AdminRefusal` that can be sent."""
+    _plug(data)
     answer = _order_or_refusal(data)
     if isinstance(answer, AdminRefusal):
         assert 400 <= answer.status < 500
@@ -229,6 +233,25 @@ def fuzz_admin(data: bytes) -> None:
     order.vm.encode("utf-8")  # it goes into the journal and into logs
 
 
+def _plug(data: bytes) -> None:
+    for attach in (True, False):
+        order = _plug_or_refusal(data, attach=attach)
+        if isinstance(order, AdminRefusal):
+            assert order.status == 400
+            assert dump(order.body).isascii()
+            continue
+        assert 0 < order.timeout_s <= 3600
+        assert order.port or not attach
+        (order.vm + order.port).encode("utf-8")
+
+
+def _plug_or_refusal(data: bytes, *, attach: bool) -> PlugOrder | AdminRefusal:
+    try:
+        return parse_plug(data, "root", attach=attach)
+    except AdminRefusal as refusal:
+        return refusal
+
+
 def _order_or_refusal(data: bytes) -> FenceOrder | AdminRefusal:
     try:
         return parse_order(data, "root")
@@ -238,8 +261,16 @@ def _order_or_refusal(data: bytes) -> FenceOrder | AdminRefusal:
 
 _INTENT: Final = (
     b'{"action":"off","begun_at":1.5,"boot_id":"b","coordinator":"hv1","end":9.0,"hosts":["hv1"],"name":"vm1",'
-    b'"named":[{"boot_id":"b","executable":"/q","host":"hv1","pid":7,"start_time":9,"vm_uuid":"u"}],'
+    b'"named":[{"boot_id":"b","executable":"/q","host":"hv1","pid":7,"start_time":9,"vm":"u"}],'
     b'"recognised":true,"request_id":"00ff","requested_at":1,"requester":null,"vm":"u"}'
+)
+_INTENTS: Final = (
+    _INTENT,
+    _INTENT.replace(b"00ff", b"0g"),
+    _INTENT.replace(b'"pid":7', b'"pid":1e999'),
+    _INTENT.replace(b'"start_time":9', b'"start_time":NaN'),
+    b'{"phase":"starting"}',
+    b'{"phase":"dreaming"}',
 )
 _OUTCOME: Final = (
     b'{"code":"done","evidence":["x"],"ok":true,"reason":"r","state":"off"}',
@@ -249,6 +280,8 @@ _ORDER: Final = (
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"vm1","timeout_s":40}',
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"\\ud800","timeout_s":40}',
     b'{"request_id":"00112233445566778899aabbccddeeff","action":"off","vm":"vm1","timeout_s":1e400}',
+    b'{"vm":"vm1","port":"org.vmchannel.0","timeout_s":1e3,"force":true}',
+    b'{"vm":"vm1","port":null}',
     b'{"a":1,"a":2}',
     b"[" * 100_000,
     b"9" * 5_000,
@@ -284,6 +317,6 @@ TARGETS: Final = (
     Target("cmdline", fuzz_cmdline, _CMDLINE),
     Target("stat", fuzz_stat, (b"7 (qemu) S 1", b") Z 9 (", b"\n", b"7 (q) S " + b"x " * 40)),
     Target("yaml", fuzz_yaml, _YAML),
-    Target("journal", fuzz_journal, (_INTENT, *_OUTCOME, b"[" * 100_000, b'{"a": 1e999}', b'{"a": NaN}')),
+    Target("journal", fuzz_journal, (*_INTENTS, *_OUTCOME, b"[" * 100_000, b'{"a": 1e999}', b'{"a": NaN}')),
     Target("admin", fuzz_admin, _ORDER),
 )

@@ -33,6 +33,7 @@ class VmSpec:
     uuid: str = field(default_factory=new_uuid)
     image: Image | None = None  # None: no guest; the machine only
     ports: tuple[str, ...] = (PORT,)
+    controller: bool = True  # a virtio-serial controller; without, there can be no ports
     port_ids: bool = True  # as libvirt gives them; without, QEMU sends no VSERPORT_CHANGE
     machine: str = "q35"  # "none" starts fastest; it has no bus, so no ports
     accel: str = "tcg"
@@ -111,7 +112,8 @@ def qemu_command(spec: VmSpec) -> list[str]:
 
 
 def _ports(spec: VmSpec) -> list[str]:
-    options = ["-device", "virtio-serial-pci,id=vserial"]
+    assert spec.controller or not spec.ports, "ports need a controller"
+    options = ["-device", "virtio-serial-pci,id=vserial"] if spec.controller else []
     for number, port in enumerate(spec.ports):
         path = _quoted(str(spec.port_socket(port)))
         options += ["-chardev", f"socket,id=port{number},path={path},server=on,wait=off"]

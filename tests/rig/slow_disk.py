@@ -46,6 +46,11 @@ class SlowDisk:
         """How often the byte has landed on the disk."""
         return self._file.read_bytes().count(bytes([byte]))
 
+    def wipe(self) -> None:
+        """Make it blank again. Nobody has it open."""
+        with self._file.open("r+b") as file:
+            file.write(bytes(_SIZE))
+
 
 @contextmanager
 def slow_disk(folder: Path) -> Generator[SlowDisk]:

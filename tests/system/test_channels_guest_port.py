@@ -20,6 +20,7 @@ from tests.rig.vm import Vm
 from tests.system.channel_rig import WAIT_S, until_said
 
 SECOND = "org.vmchannel.1"
+THIRD = "org.vmchannel.2"
 
 OPEN = f"""
 import select, time
@@ -84,6 +85,19 @@ while not port.send(memoryview(b"again")):
 say("woken")
 """
 
+FILL_UNTIL_UNPLUGGED = """
+while not port.present:
+    assert step()
+while port.send(memoryview(bytes(32_768))):
+    pass
+say("full")
+try:
+    while True:
+        assert step()
+except LinkError as error:
+    say(error)
+"""
+
 UNPLUGGED = """
 say("ready")
 try:
@@ -121,6 +135,28 @@ def host(vm: Vm, port: str = PORT) -> Generator[socket.socket, None, None]:
 def unsent(sock: socket.socket) -> int:
     """Bytes that the other end has not read."""
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+async def plug_third(guest: Guest) -> None:
+    """Add a port to the running VM, with a socket of its own."""
+    socket_of = {"type": "unix", "data": {"path": str(guest.spec.folder / "third.sock")}}
+    backend = {"type": "socket", "data": {"addr": socket_of, "server": True, "wait": False}}
+    await guest.qmp("chardev-add", id="third", backend=backend)
+    await guest.qmp(
+        "device_add", driver="virtserialport", bus="vserial.0", chardev="third", id="vthird", name=THIRD
+    )
+    async with asyncio.timeout(WAIT_S):
+        while THIRD not in (await guest.sh("cat /sys/class/virtio-ports/*/name")).stdout.split():
+            await asyncio.sleep(0.05)
+
+
+@contextmanager
+def third(guest: Guest) -> Generator[socket.socket, None, None]:
+    """A program of the host at the other end of the third port."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(WAIT_S)
+        sock.connect(str(guest.spec.folder / "third.sock"))
+        yield sock
 
 
 async def until_counted(program: Job, word: str, number: int) -> None:
@@ -179,3 +215,33 @@ async def test_a_port_that_is_unplugged_is_an_error_that_says_so(vm: Vm, guest: 
         await guest.qmp("device_del", id="vport1")
         done = (await program.wait()).check()
     assert done.stdout.splitlines()[-1] == f"port {SECOND} was unplugged"
+
+
+async def test_a_port_with_unread_data_both_ways_is_unplugged_and_its_name_can_be_plugged_again(
+    vm: Vm, guest: Guest
+) -> None:
+    """What QEMU holds for a host that does not read must not outlive the port."""
+    await plug_third(guest)
+    with third(guest) as sock:
+        program = await guest.start_python(source(FILL_UNTIL_UNPLUGGED, THIRD), timeout_s=100)
+        await until_said(program, lambda said: "full" in said)
+        sock.sendall(bytes(50_000))
+        async with guest.monitor() as monitor:
+            with monitor.listener("DEVICE_DELETED") as deleted:
+                await monitor.execute("device_del", {"id": "vthird"})
+                async with asyncio.timeout(WAIT_S):
+                    await deleted.get()
+            done = (await program.wait()).check()
+            assert done.stdout.splitlines()[-1] == f"port {THIRD} was unplugged"
+            await monitor.execute("chardev-remove", {"id": "third"})
+        while sock.recv(1 << 20):  # what was on the way is ours to read, then comes the end
+            pass
+    await plug_third(guest)
+    with third(guest) as sock:
+        program = await guest.start_python(source(COLLECT, THIRD), timeout_s=100)
+        sock.sendall(bytes(range(256)))
+        while unsent(sock):
+            await asyncio.sleep(0.01)
+        await guest.push("/run/go", b"")
+        await until_said(program, lambda said: "ready" in said)
+    assert (await program.wait()).check().stdout.splitlines()[1] == "256 True"

@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.rig.image import CHECKOUT
 from tests.rig.vm import find_processes
 
-COMMAND = [sys.executable, "-m", "tests.rig.demo"]
+# What a background shell starts ignores SIGINT, and so does all that comes of it.
+COMMAND = ["env", "--default-signal=INT", sys.executable, "-m", "tests.rig.demo"]
 
 
 def start() -> subprocess.Popen[str]:

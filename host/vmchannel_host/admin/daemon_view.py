@@ -37,6 +37,7 @@ from vmchannel_host.fencing.evidence import Rules, silent_reasons
 from vmchannel_host.fencing.instances import Instances
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
+from vmchannel_host.hot_plug import HotPlug, PlugOrder, PlugOutcome
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, OperationRows, Record, VerifyResult
 from vmchannel_host.model import HostName, Instance, OperationId, RunState, VmUuid
@@ -110,6 +111,7 @@ class View:
         operator: Operator,
         rules: Callable[[], Rules],
         word: OperatorWord,
+        hot_plug: HotPlug,
         doctor: Doctor,
         journal: PastOperations,
         feed: Feed,
@@ -128,6 +130,7 @@ class View:
         self._operator = operator
         self._rules = rules
         self._word = word
+        self._hot_plug = hot_plug
         self._doctor = doctor
         self._journal = journal
         self._feed = feed
@@ -256,6 +259,15 @@ class View:
             text = f"{told.reason}; {len(told.lines)} ends"
             self._feed.publish(AdminEvent(self._wall_clock(), "vm.confirmed-off", text, uuid, told.name))
         return ConfirmView(told.ok, told.code, told.reason, uuid, told.name, told.lines)
+
+    async def plug(self, order: PlugOrder) -> PlugOutcome:
+        """Attach or detach a port."""
+        told = await self._hot_plug.carry_out(order)
+        if told.ok and told.ports:
+            kind = "port.attached" if order.attach else "port.detached"
+            event = AdminEvent(self._wall_clock(), kind, told.reason, told.vm_uuid, told.vm_name)
+            self._feed.publish(event)
+        return told
 
     def events(self) -> AsyncIterator[AdminEvent]:
         """What happens from now on."""

@@ -22,7 +22,10 @@ from vmchannel_host.admin.json_text import (
     parse_action,
     parse_name,
     parse_order,
+    parse_plug,
     parse_vm,
+    plug_json,
+    plug_status,
     to_json,
 )
 from vmchannel_host.admin.listener import peer_user
@@ -74,6 +77,8 @@ class AdminHandlers:
             web.get("/v1/events", self._events),
             web.post("/v1/fence", self._fence),
             web.post("/v1/confirm-off", self._confirm_off),
+            web.post("/v1/attach", self._attach),
+            web.post("/v1/detach", self._detach),
             web.get("/metrics", self._render_metrics),
         ]
 
@@ -119,6 +124,16 @@ class AdminHandlers:
         vm = parse_vm(await self._body(request))
         told = await self._view.confirm_off(vm, _operator(request))
         return web.json_response(text=dump(confirm_json(told)), status=confirm_status(told))
+
+    async def _attach(self, request: web.Request) -> web.Response:
+        return await self._plug(request, attach=True)
+
+    async def _detach(self, request: web.Request) -> web.Response:
+        return await self._plug(request, attach=False)
+
+    async def _plug(self, request: web.Request, *, attach: bool) -> web.Response:
+        told = await self._view.plug(parse_plug(await self._body(request), _operator(request), attach=attach))
+        return web.json_response(text=dump(plug_json(told)), status=plug_status(told))
 
     async def _body(self, request: web.Request) -> bytes:
         try:

@@ -11,8 +11,11 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Final, NoReturn, cast
 
+from fence_vmchannel.addresses import DEFAULT_PORT
 from fence_vmchannel.messages import MAX_PLUG, REQUEST_ID_BYTES, FenceAction, FenceAnswer, FenceCode
 from vmchannel_host.admin.view import ConfirmView, FenceOrder
+from vmchannel_host.hot_plug import PlugOrder, PlugOutcome
+from vmchannel_host.hypervisors import PlugProblem
 
 MAX_TIMEOUT_S: Final = 3600.0
 ORDERS: Final = (
@@ -125,6 +128,55 @@ _CONFIRM_STATUS: Final[Mapping[FenceCode, int]] = {
     FenceCode.FAILED: 409,
     FenceCode.UNAVAILABLE: 503,
 }
+
+
+def plug_status(told: PlugOutcome) -> int:
+    """The HTTP status of an attach or detach; 2xx only when the VM is as it was ordered."""
+    return 200 if told.ok else _PLUG_STATUS.get(told.code, 500)
+
+
+def plug_json(told: PlugOutcome) -> dict[str, object]:
+    """What became of an attach or detach."""
+    return {"ok": told.ok, **cast("dict[str, object]", to_json(told))}
+
+
+_PLUG_STATUS: Final[Mapping[str, int]] = {
+    "unknown_plug": 404,
+    "ambiguous": 409,
+    "bad_request": 400,
+    **{problem.value: 409 for problem in PlugProblem},
+    PlugProblem.FAILED.value: 500,
+    PlugProblem.NO_MONITOR.value: 503,
+    PlugProblem.DEADLINE.value: 504,
+}
+
+PLUG_TIMEOUT_S: Final = 20.0
+"""For an attach or detach that names no time."""
+
+
+def parse_plug(body: bytes, operator: str, *, attach: bool) -> PlugOrder:
+    """Read the body of POST /v1/attach or /v1/detach.
+
+    Raises:
+        AdminRefusal: it is no JSON object with `vm`, and perhaps the other keys.
+    """
+    values = _parse_object(body)
+    wrong = sorted(values.keys() - {"vm", "port", "timeout_s", *(() if attach else ("force",))})
+    if wrong or "vm" not in values:
+        raise _bad(f"unknown key: {', '.join(map(repr, wrong[:5]))}" if wrong else "missing key: 'vm'")
+    port, force = values.get("port", DEFAULT_PORT), values.get("force", False)
+    if not isinstance(force, bool):
+        raise _bad("force must be true or false")
+    if port is not None or attach:
+        port = parse_name("port", port)
+    return PlugOrder(
+        attach=attach,
+        vm=parse_name("vm", values["vm"]),
+        port=port or "",
+        timeout_s=_timeout(values.get("timeout_s", PLUG_TIMEOUT_S)),
+        force=force,
+        operator=operator,
+    )
 
 
 def parse_vm(body: bytes) -> str:

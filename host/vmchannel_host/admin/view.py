@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fence_vmchannel.messages import FenceAction, FenceAnswer, FenceCode, FenceProgress
+from vmchannel_host.hot_plug import PlugOrder, PlugOutcome
 from vmchannel_host.journal.types import VerifyResult
 
 
@@ -221,6 +222,10 @@ class AdminView(Protocol):
 
     async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
         """Take the word of `operator` that the VM is off; durable before it counts. Looks afresh."""
+        ...
+
+    async def plug(self, order: PlugOrder) -> PlugOutcome:
+        """Attach a port to a VM, or detach it; answers within the order's time and 2 s."""
         ...
 
     def events(self) -> AsyncIterator[AdminEvent]:

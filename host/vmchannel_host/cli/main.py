@@ -17,6 +17,7 @@ from vmchannel_host.cli.confirm import add_confirm, confirm_off
 from vmchannel_host.cli.console import Console, ExitCode
 from vmchannel_host.cli.doctor import add_doctor, doctor
 from vmchannel_host.cli.http_client import AdminClient, Answer, BrokenOff, CliError, Doc, docs, told
+from vmchannel_host.cli.plug import add_attach, add_detach, attach, detach
 from vmchannel_host.cli.progress import ProgressLine
 from vmchannel_host.cli.setup import add_setup, setup
 
@@ -93,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     add("events", _events, "show what happens, until interrupted")
     _add_fence(add("fence", _fence, "change or ask the power state of a VM"))
     add_confirm(add("confirm-off", confirm_off, "take your word that a VM which left this host is off"))
+    add_attach(add("attach", attach, "plug a port into a running VM"))
+    add_detach(add("detach", detach, "take a port away from a running VM, or from all of them"))
     _add_can(add("can", _can, "tell whether VM may do ACTION to PLUG, and whether it could be proven now"))
     _add_ops(add("ops", _ops, "list operations, or show one with its evidence"))
     _add_verify(add("verify-journal", _verify, "check every record of the journal"))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from vmchannel_host.cli.http_client import Doc
 from vmchannel_host.cli.table import Column, facts, seconds, size, table, wrapped
+from vmchannel_host.printable import printable
 
 
 def status(doc: Doc, width: int) -> list[str]:
@@ -187,6 +188,19 @@ def confirmed(doc: Doc, width: int) -> list[str]:
         return lines + (wrapped("remedy: ", doc.text("remedy"), width) if doc.text("remedy") else [])
     lines = wrapped("", f"{doc.text('code')}: {name}: {doc.text('reason')}", width)
     return lines + [line for text in doc.texts("lines") for line in wrapped("  ", text, width)]
+
+
+def plugged(doc: Doc, width: int) -> list[str]:
+    """What became of an attach or detach. What is to be copied is not broken into lines."""
+    name = _name(doc, "vm_name", "vm_uuid")
+    lines = wrapped("", f"{doc.text('code')}: {name}: {doc.text('reason')}", width)
+    return lines + [f"  {printable(text, 1000)}" for text in doc.texts("advice")]
+
+
+def not_plugged(vm: Doc, doc: Doc, width: int) -> list[str]:
+    """Why a VM, one of several, still has what was to be taken away."""
+    lines = wrapped("", f"FAILED ({doc.text('code')}): {_name(vm)}: {doc.text('reason')}", width)
+    return lines + (wrapped("  remedy: ", doc.text("remedy"), width) if doc.text("remedy") else [])
 
 
 def can(doc: Doc, width: int) -> list[str]:

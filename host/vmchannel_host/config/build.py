@@ -21,6 +21,7 @@ from vmchannel_host.config.model import (
     HostConfig,
     HypervisorConfig,
     JournalConfig,
+    LibvirtConfig,
     LimitsConfig,
     LogConfig,
     LogLevel,
@@ -85,7 +86,12 @@ def _port_limits(tree: Value, default: PortLimits) -> PortLimits:
 def _hypervisors(tree: Value) -> tuple[HypervisorConfig, ...]:
     if tree is None:
         return HostConfig(host=HostName("")).hypervisors
-    return tuple(map(_qmp, as_list(tree)))
+    return tuple(_libvirt(one) if at(one, "type") == "libvirt" else _qmp(one) for one in as_list(tree))
+
+
+def _libvirt(tree: Value) -> LibvirtConfig:
+    plain = LibvirtConfig()
+    return LibvirtConfig(_get(tree, "uri", str, plain.uri), _get(tree, "saves", Path, plain.saves))
 
 
 def _qmp(tree: Value) -> QmpConfig:

@@ -6,11 +6,12 @@ Pure. Each check is safe on any tree, also one that breaks its schema, so that a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fence_vmchannel.messages import FENCE_SERVICE
-from vmchannel_host.config.model import FencingConfig, PortsConfig
+from vmchannel_host.config.model import FencingConfig, LibvirtConfig, PortsConfig
 from vmchannel_host.config.scalars import parse_duration, parse_vm
 from vmchannel_host.config.schema import Violation, show
 from vmchannel_host.config.yaml_text import Document, Path, Position, Value
@@ -95,15 +96,31 @@ def _vm_text(member: Value) -> str:
 
 
 def _hypervisors(tree: Value) -> Iterator[Violation]:
+    seen: set[str] = set()
     for index, entry in enumerate(as_list(at(tree, "hypervisors"))):
         path: Path = ("hypervisors", index)
-        if at(entry, "type") == "libvirt":
-            yield Violation((*path, "type"), False, f"libvirt {LATER}: remove this entry")
+        yield from _libvirt(entry, path, seen)
         for vm, argv in as_mapping(at(entry, "start")).items():
             program = next(iter(as_list(argv)), None)
             if isinstance(program, str) and not program.startswith("/"):
                 message = f"found {show(program)}, expected the absolute path of a program"
                 yield Violation((*path, "start", vm, 0), False, message)
+
+
+def _libvirt(entry: Value, path: Path, seen: set[str]) -> Iterator[Violation]:
+    if at(entry, "type") != "libvirt":
+        return
+    given = at(entry, "uri")
+    uri = given if isinstance(given, str) else LibvirtConfig().uri
+    if uri in seen:
+        yield Violation((*path, "uri") if given else path, False, f"{show(uri)} stands there already")
+    seen.add(uri)
+    if uri != LibvirtConfig().uri and at(entry, "saves") is None:
+        message = "the key 'saves' is missing: where managed saves are is known of qemu:///system only"
+        yield Violation(path, False, message)
+    # The one look at the machine here: without the module such an entry can never work.
+    if importlib.util.find_spec("libvirt") is None:
+        yield Violation((*path, "type"), False, "libvirt's Python module is not installed (python3-libvirt)")
 
 
 def _cluster(tree: Value) -> Iterator[Violation]:

@@ -113,8 +113,20 @@ class QmpConfig:
     )  # VM name or UUID: argv
 
 
-HypervisorConfig = QmpConfig
-"""One entry of `hypervisors`; a union when a second type comes."""
+SYSTEM_SAVES: Final = Path("/var/lib/libvirt/qemu/save")
+"""Where the libvirtd of the system keeps managed saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtConfig:
+    """QEMU run by libvirt."""
+
+    uri: str = "qemu:///system"
+    saves: Path = SYSTEM_SAVES  # its managed saves, read when it does not answer (S0)
+
+
+HypervisorConfig = QmpConfig | LibvirtConfig
+"""One entry of `hypervisors`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +222,13 @@ class HostConfig:
     journal: JournalConfig = JournalConfig()
     log: LogConfig = LogConfig()
     paths: PathsConfig = PathsConfig()
+
+    @property
+    def qmp(self) -> tuple[QmpConfig, ...]:
+        """The entries of bare QEMU."""
+        return tuple(one for one in self.hypervisors if isinstance(one, QmpConfig))
+
+    @property
+    def libvirt(self) -> tuple[LibvirtConfig, ...]:
+        """The entries of libvirt."""
+        return tuple(one for one in self.hypervisors if isinstance(one, LibvirtConfig))

@@ -18,6 +18,7 @@ from vmchannel_host.model import NIL_UUID, VmUuid
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _COUNT = re.compile(r"0|[1-9][0-9]{0,8}")
 _AMOUNT = re.compile(r"((?:0|[1-9][0-9]{0,11})(?:\.[0-9]{1,6})?)([A-Za-z]*)")
+_LIBVIRT = re.compile(r"qemu(\+unix)?:///(system|session)(\?[!-~]+)?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,253}[A-Za-z0-9])?")
 
 SIZE_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3})
@@ -131,6 +132,13 @@ def _absolute(text: str) -> str:
     return text
 
 
+def _libvirt_uri(text: str) -> str:
+    # Processes are found on this host, so no other host's libvirt is of use.
+    if not _LIBVIRT.fullmatch(text):
+        raise ValueError("a URI of this host's libvirt: qemu:///system or qemu:///session")
+    return text
+
+
 def _argument(text: str) -> str:
     return text
 
@@ -147,6 +155,7 @@ KINDS: Mapping[str, Callable[[str], object]] = MappingProxyType(
         "port": _port_name,
         "service": _service_name,
         "path": _absolute,
+        "libvirt": _libvirt_uri,
         "argument": _argument,
     }
 )

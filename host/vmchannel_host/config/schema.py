@@ -123,7 +123,7 @@ _QMP: Schema = _section(
         "start": _mapping("vm", _ARGV),
     }
 )
-_LIBVIRT: Schema = _section({"type": {}, "uri": _scalar("argument")})
+_LIBVIRT: Schema = _section({"type": {}, "uri": _scalar("libvirt"), "saves": _scalar("path")})
 _HYPERVISOR: Schema = {
     "type": "object",
     "required": ["type"],

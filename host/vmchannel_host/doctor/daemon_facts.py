@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import fence_vmchannel
@@ -14,6 +15,7 @@ from fence_vmchannel.hub.events import HubStatus
 from vmchannel_host.admin.view import Finding
 from vmchannel_host.config.model import BusKind, ClusterConfig
 from vmchannel_host.config.scalars import as_vm_uuid
+from vmchannel_host.daemon_thread import in_daemon_thread
 from vmchannel_host.doctor.facts import (
     DaemonFacts,
     JournalFact,
@@ -65,14 +67,13 @@ class MachineLook:
 
     async def facts(self, paths: Sequence[str], timeout_s: float) -> MachineFacts:
         """What it found; only `late` when it does not end in time. Who asks at once shares one look."""
-        if self._running is None or self._running.done():
-            loop = asyncio.get_running_loop()
-            self._running = loop.run_in_executor(None, self._look, paths, timeout_s)
-            self._running.add_done_callback(_fetched)
         try:
+            if self._running is None or self._running.done():
+                self._running = in_daemon_thread("doctor", partial(self._look, paths, timeout_s))
+                self._running.add_done_callback(_fetched)
             async with asyncio.timeout(timeout_s + self._slack_s):
                 return await asyncio.shield(self._running)
-        except (TimeoutError, OSError) as error:
+        except (TimeoutError, OSError, RuntimeError) as error:
             _log.warning("doctor cannot look at this machine: %s", error or "no end in time")
             return MachineFacts(late=True)
 

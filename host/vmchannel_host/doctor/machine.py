@@ -22,9 +22,8 @@ from vmchannel_host.doctor.facts import (
     SocketPurpose,
 )
 from vmchannel_host.doctor.unix_sockets import SocketTable, command_of, list_sockets, owners
-
-FIRST_PID_NAMESPACE: Final = "pid:[4026531836]"
-"""The namespace of the whole machine: PROC_PID_INIT_INO of linux/proc_ns.h."""
+from vmchannel_host.hypervisors.process import HOST_PID_NAMESPACE, read_pid_namespace
+from vmchannel_host.model import PidNamespace
 
 MAX_SOCKETS: Final = 4096
 
@@ -38,6 +37,7 @@ def collect(
     daemon: int | None,
     problems: Sequence[str] = (),
     timeout_s: float,
+    pid_namespace: PidNamespace | None = None,
 ) -> MachineFacts:
     """Look at directories, sockets and namespaces. Blocks about `timeout_s` seconds at most.
 
@@ -47,9 +47,10 @@ def collect(
         daemon: pid of the daemon, whose own connections are no finding; None when it does not run.
         problems: of the configuration's files.
         timeout_s: what is not looked at by then is left out, and `late` says so.
+        pid_namespace: in which the daemon runs; None: this process's.
     """
     deadline = time.monotonic() + timeout_s
-    globs = (pattern for one in config.hypervisors for pattern in one.sockets)
+    globs = (pattern for one in config.qmp for pattern in one.sockets)
     paths = sorted({path for pattern in globs for path in islice(glob.iglob(pattern), MAX_SOCKETS)})
     monitors: list[_Wanted] = [("monitor", path) for path in paths]
     chardevs: list[_Wanted] = [("port", path) for path in ports]
@@ -59,17 +60,16 @@ def collect(
         config=tuple(problems),
         directories=(_directory(config.paths.state, "state"), _directory(config.paths.run, "run")),
         sockets=tuple(sockets),
-        first_pid_namespace=in_first_pid_namespace(),
+        first_pid_namespace=_is_first(pid_namespace),
         root=os.geteuid() == 0,
         journal_holder=lock_holder(config.paths.state / "journal.db.lock"),
         late=len(wanted) > MAX_SOCKETS or time.monotonic() >= deadline,
     )
 
 
-def in_first_pid_namespace() -> bool | None:
-    """Whether all processes of the machine are seen; None when that cannot be told."""
+def _is_first(namespace: PidNamespace | None) -> bool | None:
     try:
-        return os.readlink("/proc/self/ns/pid") == FIRST_PID_NAMESPACE
+        return (namespace or read_pid_namespace()) == HOST_PID_NAMESPACE
     except OSError:
         return None
 

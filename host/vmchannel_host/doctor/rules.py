@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -214,7 +215,10 @@ def _vm(vm: VmFact) -> Iterator[Finding]:
         yield Finding(WARNING, subject, f"no monitor of pid {_some(map(str, vm.pids))} answers", remedy)
     elif vm.pids and not vm.has_port:
         level = WARNING if vm.grouped else NOTE
-        remedy = "give it a virtserialport named org.vmchannel.0 (docs/operations.md, What a VM needs)"
+        remedy = (
+            f"`vmchannelctl attach {shlex.quote(vm.name)}` plugs one in; for good: a virtserialport named "
+            "org.vmchannel.0 (docs/operations.md, What a VM needs)"
+        )
         yield Finding(
             level, subject, "it has no port that is served: its guest cannot ask for a fence", remedy
         )

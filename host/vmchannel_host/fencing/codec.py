@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, assert_never
 
@@ -65,7 +66,6 @@ def intent_body(intent: Intent) -> Body:
         "hosts": list(intent.hosts),
         "named": [_process(one) for one in intent.named],
         "recognised": intent.recognised,
-        "doubtful": intent.doubtful,
         "request_id": intent.request_id.hex(),
     }
 
@@ -91,10 +91,21 @@ def read_intent(operation: OperationId, body: Body, resumed: Phase) -> Intent:
         hosts=tuple(HostName(str(host)) for host in _items(body, "hosts")),
         named=tuple(_read_process(one) for one in _items(body, "named")),
         recognised=body.get("recognised") is True,
-        doubtful=body.get("doubtful") is True,
-        request_id=bytes.fromhex(_text(body, "request_id")),
+        request_id=_hex(body, "request_id"),
         resumed=resumed,
     )
+
+
+def read_phase(word: str) -> Phase:
+    """The phase that a `fence.phase` record names.
+
+    Raises:
+        Unreadable: no phase of this version.
+    """
+    try:
+        return Phase(word)
+    except ValueError as error:
+        raise Unreadable(f"unknown phase {word!r}") from error
 
 
 def outcome_body(outcome: Outcome, intent: Intent, elapsed_ms: int) -> Body:
@@ -177,6 +188,7 @@ def _look(report: LookReport, vm: VmUuid) -> dict[str, Json]:
         ],
         "silent": [evidence.cut(reason) for reason in evidence.silent_reasons(report.look, vm)],
         "unproven": [_process(Process(report.look.host, one)) for one in report.unproven],
+        "removed": [evidence.cut(line) for line in report.removed],
         "departed": evidence.cut(report.departed),
         "conflict": evidence.cut(report.conflict),
     }
@@ -199,12 +211,12 @@ def _read_process(value: Json) -> Process:
     if not isinstance(value, Mapping):
         raise Unreadable("a process is no object")
     identity = ProcessIdentity(
-        pid=int(_number(value, "pid")),
-        start_time=int(_number(value, "start_time")),
+        pid=_whole(value, "pid"),
+        start_time=_whole(value, "start_time"),
         executable=_text(value, "executable"),
         vm_uuid=VmUuid(_text(value, "vm")),
         boot_id=BootId(_text(value, "boot_id")),
-        pid_namespace=PidNamespace(int(_number(value, "pid_namespace")) if "pid_namespace" in value else 0),
+        pid_namespace=PidNamespace(_whole(value, "pid_namespace") if "pid_namespace" in value else 0),
     )
     return Process(HostName(_text(value, "host")), identity)
 
@@ -223,11 +235,31 @@ def _text(body: Body, key: str) -> str:
     return value
 
 
+def _hex(body: Body, key: str) -> bytes:
+    try:
+        return bytes.fromhex(_text(body, key))
+    except ValueError as error:
+        raise Unreadable(f"{key} is not hexadecimal") from error
+
+
+def _whole(body: Body, key: str) -> int:
+    value = body.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Unreadable(f"{key} is no whole number")
+    return value
+
+
 def _number(body: Body, key: str) -> float:
     value = body.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unreadable(f"{key} is no number")
-    return value
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise Unreadable(f"{key} is too large") from error
+    if not math.isfinite(number):  # JSON's reader lets these pass
+        raise Unreadable(f"{key} is {number}")
+    return number
 
 
 def _items(body: Body, key: str) -> Sequence[Json]:

@@ -22,11 +22,14 @@ from vmchannel_host.fencing.past import PastOperation
 from vmchannel_host.fencing.run import MAX_SLEEP_S, FenceSettings, Progress, Run, Shell, failed
 from vmchannel_host.fencing.schedule import Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
-from vmchannel_host.journal.types import Record
+from vmchannel_host.journal.types import OperationRows, Record
 from vmchannel_host.model import BootId, OperationId, RunState, VmUuid
 
 RESUME_LIMIT: Final = 1000
-"""How many of the latest operations a start looks through for unfinished ones."""
+"""How many of the latest operations a start looks through for unfinished ones, at the least."""
+
+RESUME_MOST: Final = 64_000
+"""And at the most: what VMs could make in the time that an operation may take is far less."""
 
 START_POLL_S: Final = 0.25
 """How often it is asked whether a start that was in flight at a restart has brought up its VM, seconds."""
@@ -173,7 +176,7 @@ class Coordinator:
         """
         await self._shell.tasks.opened()
         past: list[PastOperation] = []
-        for row in await self._shell.journal.operations(RESUME_LIMIT):
+        for row in await self._recent():
             if row.first.kind == codec.INTENT:
                 records = await self._shell.journal.operation(row.operation)
                 past.append(PastOperation.read(row.operation, records))
@@ -187,6 +190,21 @@ class Coordinator:
             elif one.phases and one.outcome.boot_id == self._boot_id:
                 self._schedule.end(one.operation, one.vm, one.outcome.boottime)
         self._resumed.set()
+
+    async def _recent(self) -> list[OperationRows]:
+        """The latest operations: all that may still be under way, however many others came since. Else VMs
+        that ask all the time could have one forgotten (S12).
+        """
+        limit = RESUME_LIMIT
+        began = self._shell.clock() - 2 * self._settings.timeout_s
+        while True:
+            rows = await self._shell.journal.operations(limit)
+            if len(rows) < limit or limit >= RESUME_MOST:
+                return rows
+            oldest = rows[-1].last
+            if oldest.boot_id != self._boot_id or oldest.boottime < began:
+                return rows
+            limit *= 4
 
     async def resumed(self, until: float) -> bool:
         """Wait for `resume`; False when it has not ended at `until` (CLOCK_BOOTTIME, seconds).
@@ -219,7 +237,6 @@ class Coordinator:
             hosts=tuple(sorted(self._shell.bus.hosts())),
             named=tuple(sorted(known)),
             recognised=order.named or registry.knows(order.vm),
-            doubtful=self._shell.instances.doubted(order.vm, order.name),
             request_id=order.request_id,
         )
 
@@ -236,7 +253,7 @@ class Coordinator:
             return
         try:
             intent = codec.read_intent(operation, bodies[codec.INTENT][0], Phase.STARTING)
-        except (codec.Unreadable, ValueError) as error:
+        except codec.Unreadable as error:
             _log.error("op=%s: unreadable intent: %s", operation, error)
             return
         if intent.boot_id == self._boot_id and self._shell.clock() < intent.end:
@@ -260,9 +277,9 @@ class Coordinator:
         operation, backup = past.operation, self._shell.journal.restored
         restored = backup.seq if backup is not None else 0
         try:
-            phase = Phase(past.phases[-1]) if past.phases else Phase.BEGUN
+            phase = codec.read_phase(past.phases[-1]) if past.phases else Phase.BEGUN
             intent = codec.read_intent(operation, past.body, phase)
-        except (codec.Unreadable, ValueError) as error:
+        except codec.Unreadable as error:
             _log.error("op=%s: unreadable intent: %s", operation, error)
             lost: codec.Body = {"ok": False, "code": "failed", "reason": "the intent cannot be read"}
             await self._shell.journal.append(codec.OUTCOME, operation, lost)
@@ -279,8 +296,6 @@ class Coordinator:
         elif intent.boot_id != self._boot_id or self._shell.clock() >= intent.end:
             code, reason = FenceCode.FAILED, "the host daemon was down at its end; the outcome is unknown"
         else:
-            doubted = self._shell.instances.doubted(intent.vm, intent.name)
-            intent = replace(intent, doubtful=intent.doubtful or doubted)
             _log.info("op=%s vm=%s: taken up again after a restart (%s)", operation, intent.vm, phase.value)
             self._new_run(intent).publish(intent)
             return

@@ -106,6 +106,8 @@ class TakeLook:
     round: int
     delay_s: float  # wait first; news of the VM ends the wait
     until: float
+    monitors: bool = True  # False: which instances there are is all that matters (`Hypervisor.look`)
+    discard: bool = False  # the VM is being fenced off: first remove its saved memory (S0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,11 +94,6 @@ def conflict(reports: Iterable[LookReport], vm: VmUuid, name: str) -> Doubt | No
     return None
 
 
-def doubted(conflicts: Iterable[str], instances: Iterable[Instance], vm: VmUuid, name: str) -> bool:
-    """Whether a look with these would show a `conflict` about the VM."""
-    return bool(_doubt_of(conflicts, instances, vm, name))
-
-
 def silence(reports: Iterable[LookReport], vm: VmUuid) -> str:
     """Why a look proves nothing about the VM; "" when every look counts."""
     for report in reports:
@@ -182,7 +177,12 @@ def end_line(end: InstanceEnded) -> str:
         return f"{who} gone before we acted: {how}, {io}{away}"
     if end.proof is not EndProof.PIDFD:
         return f"{who} killed before a restart of the daemon, its end unseen: no such process, {io}{away}"
-    by = {EndCause.QUIT: "by quit", EndCause.KILL: "by SIGKILL", EndCause.NONE: "by itself"}[end.cause]
+    by = {
+        EndCause.QUIT: "by quit",
+        EndCause.TERM: "by SIGTERM",
+        EndCause.KILL: "by SIGKILL",
+        EndCause.NONE: "by itself",
+    }[end.cause]
     return f"{who} gone after {end.elapsed_ms} ms: {end.proof.value}, {by}, {io}{away}"
 
 
@@ -223,14 +223,10 @@ def cut(text: str) -> str:
 
 
 def _conflict_in(look: Look, vm: VmUuid, name: str) -> str:
-    return _doubt_of(look.conflicts, look.instances, vm, name)
-
-
-def _doubt_of(conflicts: Iterable[str], instances: Iterable[Instance], vm: VmUuid, name: str) -> str:
-    for instance in instances:
+    for instance in look.instances:
         if instance.vm_uuid == NIL_UUID and name and instance.name == name:
             return f"{instance.identity} is called {instance.name!r} and has no UUID"
-    return next((text for text in conflicts if _mentions(text, vm) or _mentions(text, name)), "")
+    return next((text for text in look.conflicts if _mentions(text, vm) or _mentions(text, name)), "")
 
 
 def _mentions(text: str, word: str) -> bool:

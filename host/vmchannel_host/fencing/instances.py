@@ -19,7 +19,6 @@ from vmchannel_host.fencing.records import InstanceStore
 from vmchannel_host.hypervisors import Ended, Hypervisor, HypervisorError, HypervisorEvent
 from vmchannel_host.journal.types import JournalError
 from vmchannel_host.model import (
-    NIL_UUID,
     EndCause,
     EndProof,
     HostName,
@@ -102,10 +101,12 @@ class Instances:
             except JournalError as error:
                 _log.error("instances not recorded, nothing can be proven off until they are: %s", error)
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> tuple[float, Look]:
+    async def look(
+        self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True
+    ) -> tuple[float, Look]:
         """Look afresh; return when it was asked for (CLOCK_BOOTTIME, seconds) and what was seen.
 
-        With `vm` only what that VM's instances do is asked anew (`Hypervisor.look`).
+        `vm` and `monitors` say whose instances are asked anew what they do (`Hypervisor.look`).
 
         Raises:
             HypervisorError: the hypervisor could not look.
@@ -114,17 +115,24 @@ class Instances:
         """
         async with asyncio.timeout(timeout_s):
             asked_at = self._clock()
-            look = await self._hypervisor.look(timeout_s=timeout_s, vm=vm)
+            look = await self._hypervisor.look(timeout_s=timeout_s, vm=vm, monitors=monitors)
             self._keep(self.registry.apply_look(look))
             await self.save()
         return asked_at, look
 
     async def report(
-        self, vm: VmUuid, name: str, *, timeout_s: float, operation: OperationId, number: int
+        self,
+        vm: VmUuid,
+        name: str,
+        *,
+        timeout_s: float,
+        operation: OperationId,
+        number: int,
+        monitors: bool = True,
     ) -> LookReport:
         """Look afresh for one VM and add what the records say of it. Raises as `look` does."""
         self.prove_absent(vm)  # first: a proof must be older than the look that counts (S2)
-        asked_at, look = await self.look(timeout_s=timeout_s, vm=vm)
+        asked_at, look = await self.look(timeout_s=timeout_s, vm=vm, monitors=monitors)
         return self.facts(vm, name, asked_at, look, operation=operation, number=number)
 
     def facts(
@@ -167,13 +175,6 @@ class Instances:
     def conflict(self, vm: VmUuid) -> str:
         """Why no fence of the VM may be tried (S9); "" when nothing is against it."""
         return next((one.text for one in self.registry.conflicts(vm) if one.refuses), "")
-
-    def doubted(self, vm: VmUuid, name: str) -> bool:
-        """Whether a look may show a doubt about its identity: take one before anything is destroyed (S9).
-
-        From memory, so that a fence without a doubt waits for nothing; never a refusal by itself.
-        """
-        return evidence.doubted(self._hypervisor.doubts(), self.registry.instances(NIL_UUID), vm, name)
 
     def _departed(self, vm: VmUuid) -> str:
         text, restored = self.registry.departed(vm) or "", self._store.restored

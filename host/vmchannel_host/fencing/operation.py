@@ -138,6 +138,11 @@ class Operation:
         return tuple(self._lines[-MAX_LINES:])
 
     @property
+    def _destroys(self) -> bool:
+        """Whether nothing but a doubt keeps the survey from destroying: what instances do does not matter."""
+        return self.intent.action is FenceAction.OFF or self.intent.resumed is Phase.DESTROYING
+
+    @property
     def conclude_by(self) -> float:
         """When it gives up, seconds: early enough for its outcome to be delivered before its end."""
         span = max(0.0, self.intent.end - self.intent.begun_at)
@@ -191,6 +196,8 @@ class Operation:
     def _joined(self) -> tuple[Command, ...]:
         if self.intent.action is FenceAction.ON or self._state not in _LOOKING_FOR_ALL:
             return ()
+        if self._state is OperationState.SURVEYING and self._destroys:
+            return ()  # another look follows, and that one decides
         # The look under way was asked for before the newcomer asked: it proves nothing for it.
         self._joins += 1
         return self._look(0.0)
@@ -208,29 +215,27 @@ class Operation:
             case Phase.RESETTING:
                 reason = "the host daemon was restarted during the reset: whether it took effect is unknown"
                 return self._conclude(False, FenceCode.FAILED, reason)
-            case Phase.DESTROYING:
-                return self._destroy(self._owed)
-            case Phase.BEGUN | None:
-                if self.intent.action is FenceAction.OFF and not self.intent.doubtful:
-                    return self._destroy(self._owed)
+            case Phase.DESTROYING | Phase.BEGUN | None:
                 self._go(Step.SURVEY)
                 return self._look(0.0)
             case _:
                 assert_never(self.intent.resumed)
 
     def _surveyed(self, now: float) -> tuple[Command, ...]:
-        """on, reboot, an off on doubt (S9): what there is decides the way."""
+        """What there is decides the way; on a doubt about whose it is, nothing is destroyed (S9)."""
         doubt = self._conflict()
         if doubt is not None:
             return self._fail(doubt)
         found = self._found()
         alive = self._alive()
+        if self._destroys:
+            return self._destroy(alive)
+        if not alive and self.intent.action is FenceAction.REBOOT and self._silence():
+            return self._destroy(alive)  # S0: the look after it removes saved memory first
         if not alive:
             return self._off_or_doubt()
         if self.intent.action is FenceAction.ON:
             return self._on_or_doubt(found, alive)
-        if self.intent.action is FenceAction.OFF:
-            return self._destroy(alive)
         target = None if self._silence() else evidence.may_reset(found, alive)
         if target is None:
             return self._destroy(alive)
@@ -402,7 +407,12 @@ class Operation:
         """Ask every host for a new look; answers to earlier rounds no longer count."""
         self._round += 1
         self._reports = {}
-        return tuple(TakeLook(host, self._round, delay_s, self.conclude_by) for host in self.intent.hosts)
+        monitors = not (self._state is OperationState.SURVEYING and self._destroys)
+        discard = self._state is OperationState.LOOKING and self.intent.action is not FenceAction.ON
+        return tuple(
+            TakeLook(host, self._round, delay_s, self.conclude_by, monitors, discard)
+            for host in self.intent.hosts
+        )
 
     def _look_once_more(self) -> tuple[Command, ...]:
         self._mute_looks += 1
@@ -412,6 +422,7 @@ class Operation:
         if report.round != self._round or report.look.host not in self.intent.hosts:
             return ()
         self._reports[report.look.host] = report
+        self._lines += [f"{line} on {report.look.host}" for line in report.removed]
         if self._state is not OperationState.STARTING:
             # Once seen it is owed a proof, even if the next look does not show it.
             self._owed |= evidence.instances_of((report,), self.intent.vm).keys()

@@ -63,7 +63,6 @@ class Intent:
     named: tuple[Process, ...]  # every incarnation found: alive, or recorded without a proven end
     recognised: bool  # the VM was seen once, or the policy names its UUID (S1, *a VM never seen*)
     request_id: bytes
-    doubtful: bool = False  # its identity was in doubt when it was ordered: look before anything is destroyed
     resumed: Phase | None = None  # taken up again after a restart: the last phase that was durable
 
 
@@ -110,6 +109,7 @@ class LookReport:
     conflict: str = ""  # doubt about the VM's identity (S9); "" when none
     objections: tuple[str, ...] = ()  # what else this host's registry holds against calling the VM off
     can_start: bool = False  # this host has a way to start the VM
+    removed: tuple[str, ...] = ()  # saved memory of the VM that was removed before the look, for people
     overtaken: bool = False  # an end was learnt meanwhile: silent for that reason, and looking again helps
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The shell of one fence operation: feeds its machine and carries out the commands that are for this host.
 
-That it begins is durable before anything acts. What was reported is made durable beside the next step, and
-before the outcome is published; a phase before it begins; the outcome before anybody is told.
+That it begins is durable before anything acts; the first look runs beside that. What was reported is made
+durable beside the next step, and before the outcome is published; a phase before it begins; the outcome
+before anybody is told.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
 from fence_vmchannel.messages import FenceCode, PowerState
@@ -114,6 +115,7 @@ class Run:
         self._tasks: set[asyncio.Task[None]] = set()
         self._records: set[asyncio.Task[None]] = set()
         self._unrecorded = ""  # why something could not be made durable
+        self._begun = asyncio.Event()  # durably: nothing acts before
         self._stir = asyncio.Event()
         self._told = 0
         self._ended = False
@@ -136,7 +138,8 @@ class Run:
         if self.intent.resumed is None:
             self.spawn(self._begin(), "begin")
         else:
-            self.apply(Begun())
+            self._begun.set()
+        self.apply(Begun())
 
     def apply(self, event: Event) -> None:
         """Feed the machine; carry out what it says."""
@@ -221,16 +224,20 @@ class Run:
                     assert_never(command)
 
     async def _begin(self) -> None:
-        """That it begins is durable before it does anything: a restart takes up what has begun, no more."""
+        """That it begins is durable before it acts: a restart takes up what has begun, no more.
+
+        The survey runs beside it: a look changes nothing.
+        """
         try:
             await self._append(codec.PHASE, {"phase": Phase.BEGUN.value})
         except JournalError as error:
             self.apply(Broken(FenceCode.FAILED, f"the journal cannot take its beginning: {error}"))
         else:
-            self.apply(Begun())
+            self._begun.set()
 
     async def _enter(self, machine: Operation, phase: Phase, rest: Sequence[Command]) -> None:
         state = machine.state
+        await self._begun.wait()
         try:
             await self._shell.journal.append(
                 codec.PHASE, self.intent.operation, {"phase": phase.value, "state": state.value}
@@ -259,6 +266,7 @@ class Run:
 
     async def _destroy(self, command: Destroy) -> Report:
         shell, process = self._shell, command.process
+        await self._begun.wait()
         left = self._may_act(command.until)
         quit_s = min(self._quit_timeout_s, left / 2)
         async with asyncio.timeout(left):
@@ -285,9 +293,19 @@ class Run:
             await self._wait_for_news(command.delay_s)
         left = max(0.0, min(MAX_LOOK_S, command.until - self._shell.clock()))
         intent = self.intent
-        return await self._shell.instances.report(
-            intent.vm, intent.name, timeout_s=left, operation=intent.operation, number=command.round
+        removed: tuple[str, ...] = ()
+        if command.discard:
+            removed = await self._shell.hypervisor.discard_memory(intent.vm, timeout_s=left / 2)
+            left = max(0.0, min(MAX_LOOK_S, command.until - self._shell.clock()))
+        report = await self._shell.instances.report(
+            intent.vm,
+            intent.name,
+            timeout_s=left,
+            operation=intent.operation,
+            number=command.round,
+            monitors=command.monitors,
         )
+        return replace(report, removed=removed)
 
     async def _wait_for_news(self, delay_s: float) -> None:
         self._stir.clear()

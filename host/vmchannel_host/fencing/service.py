@@ -28,6 +28,7 @@ from fence_vmchannel.messages import (
     decode_message,
     encode_message,
 )
+from fence_vmchannel.pace import Pace
 from vmchannel_host.fencing import codec
 from vmchannel_host.fencing.coordinator import Coordinator, Order
 from vmchannel_host.fencing.evidence import cut
@@ -44,7 +45,6 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.journal.types import JournalError, StoredRequest
 from vmchannel_host.logs import BoundLogger, RateLimiter
 from vmchannel_host.model import BootId, HostName, OperationId, VmUuid
-from vmchannel_host.pace import Pace
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy, Refused, Resolved
 
@@ -325,33 +325,19 @@ class FenceService:
 
     async def _process(self, flight: _Flight) -> FenceAnswer:
         request, requester, window = flight.request, flight.requester, flight.window
-        if self._journal.problem:
-            reason = f"the journal fails, so nothing is done: {self._journal.problem}"
-            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
-        if not await self._coordinator.resumed(window.end):
-            reason = "the host daemon has just started and takes up what it left; nothing was done"
-            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
-        restored = self._journal.restored
-        if restored and restored.boot_id == self._boot_id and window.asked < restored.boottime:
-            # The same request may have been carried out already, and its record be among those lost (S5).
-            reason = "asked before the journal was restored from a backup: ask with a new id"
-            return self._refusal(request, requester, FenceCode.STALE, reason)
+        refused = await self._cannot_serve(flight)
+        if refused is not None:
+            return refused
         try:
             stored = await self._journal.request(request.request_id)
             if stored is not None:
                 return await self._answer_again(flight, stored)
-            resolved = self._resolve(request, requester)
-            if isinstance(resolved, Refused):
-                await self._refusals.note(request, requester.vm, resolved.code, resolved.reason)
-                return self._refusal(request, requester, resolved.code, resolved.reason)
-            wait_s = self._fencing.take(requester.vm) if requester.vm is not None else 0.0
-            if wait_s:
-                reason = f"this VM asks for too many operations: the next one in {wait_s:.0f} s"
-                await self._refusals.note(request, requester.vm, FenceCode.UNAVAILABLE, reason)
-                return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+            resolved = await self._admit(request, requester)
         except JournalError as error:
             reason = f"the journal fails, so nothing is done: {error}"
             return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        if isinstance(resolved, FenceAnswer):
+            return resolved
         operation = OperationId(self._random_bytes(8).hex())
         self._incarnations.storing(requester, window.deadline)
         remember = self._journal.remember_request(
@@ -375,6 +361,39 @@ class FenceService:
         outcome = await self._coordinator.execute(order, operation, flight.tell, flight.may_begin, remember)
         answer = self._from(request, requester, outcome, order.vm, order.name)
         return await self._stored(answer, window)
+
+    async def _cannot_serve(self, flight: _Flight) -> FenceAnswer | None:
+        """The answer while the daemon serves nobody, or nobody who asked when this one did."""
+        request, requester, window = flight.request, flight.requester, flight.window
+        if self._journal.problem:
+            reason = f"the journal fails, so nothing is done: {self._journal.problem}"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        if not await self._coordinator.resumed(window.end):
+            reason = "the host daemon has just started and takes up what it left; nothing was done"
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        restored = self._journal.restored
+        if restored and restored.boot_id == self._boot_id and window.asked < restored.boottime:
+            # The same request may have been carried out already, and its record be among those lost (S5).
+            reason = "asked before the journal was restored from a backup: ask with a new id"
+            return self._refusal(request, requester, FenceCode.STALE, reason)
+        return None
+
+    async def _admit(self, request: FenceRequest, requester: Requester) -> Resolved | FenceAnswer:
+        """The VM that is meant, or the refusal: by the policy, or because this requester asks too much.
+
+        Raises:
+            JournalError: a refusal could not be noted.
+        """
+        resolved = self._resolve(request, requester)
+        if isinstance(resolved, Refused):
+            await self._refusals.note(request, requester.vm, resolved.code, resolved.reason)
+            return self._refusal(request, requester, resolved.code, resolved.reason)
+        wait_s = self._fencing.take(requester.vm) if requester.vm is not None else 0.0
+        if wait_s:
+            reason = f"this VM asks for too many operations: the next one in {wait_s:.0f} s"
+            await self._refusals.note(request, requester.vm, FenceCode.UNAVAILABLE, reason)
+            return self._refusal(request, requester, FenceCode.UNAVAILABLE, reason)
+        return resolved
 
     async def _stored(self, answer: FenceAnswer, window: _Window) -> FenceAnswer:
         """The answer is durable before it leaves."""

@@ -13,7 +13,7 @@ class OperationState(Enum):
     """Where an operation is."""
 
     ORDERED = "ordered"  # the intent has its place in the order; nothing was done
-    SURVEYING = "surveying"  # on, reboot, an off on doubt: the hosts look which instances there are
+    SURVEYING = "surveying"  # the hosts look which instances there are, and whose
     RESETTING = "resetting"  # reboot: `system_reset` of the one running instance
     CHECKING = "checking"  # reboot: the hosts look whether exactly that instance runs
     ACTING = "acting"  # instances are being destroyed
@@ -50,6 +50,7 @@ TRANSITIONS: Final[Mapping[tuple[OperationState, Step], OperationState]] = Mappi
         (_S.ORDERED, Step.CONCLUDE): _S.CONCLUDING,
         (_S.SURVEYING, Step.RESET): _S.RESETTING,
         (_S.SURVEYING, Step.DESTROY): _S.ACTING,
+        (_S.SURVEYING, Step.LOOK): _S.LOOKING,  # no process is to be destroyed, but maybe saved memory
         (_S.SURVEYING, Step.START): _S.STARTING,
         (_S.SURVEYING, Step.CONCLUDE): _S.CONCLUDING,
         (_S.RESETTING, Step.CHECK): _S.CHECKING,

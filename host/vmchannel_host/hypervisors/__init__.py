@@ -5,9 +5,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, TypeAlias
 
-from vmchannel_host.model import Instance, InstanceEnded, InstanceReset, Look, ProcessIdentity, VmUuid
+from vmchannel_host.model import (
+    Instance,
+    InstanceEnded,
+    InstanceReset,
+    Look,
+    PortName,
+    ProcessIdentity,
+    VmUuid,
+)
 
 
 class HypervisorError(Exception):
@@ -20,6 +29,44 @@ class NotProven(HypervisorError):
 
 class CannotStart(HypervisorError):
     """No way is known, or left, to start the VM here."""
+
+
+class PlugProblem(Enum):
+    """Why a port was not attached or detached; the values are words of the admin API."""
+
+    NOT_RUNNING = "not_running"  # no process of the VM runs here, so there is nothing to plug into
+    BUSY = "busy"  # a fence, another plugging, several instances
+    MIGRATING = "migrating"  # what is plugged into one end of a migration is missing at the other
+    NO_MONITOR = "no_monitor"  # nobody there to ask
+    UNSUPPORTED = "unsupported"  # what runs it gives us no way to plug
+    NO_SLOT = "no_slot"  # no controller takes another port, and none can be added
+    NOT_OURS = "not_ours"  # the VM was started with that port
+    UNSUITABLE = "unsuitable"  # a port of that name is there and cannot be served
+    FAILED = "failed"  # the hypervisor refused; what was added is taken away again
+    DEADLINE = "deadline"  # no answer in time: what was done is unknown; doing it again is safe
+
+
+class PlugError(HypervisorError):
+    """A port was not attached or detached.
+
+    Attributes:
+        problem: why.
+        remedy: what to do about it; "" when there is nothing to say.
+    """
+
+    def __init__(self, problem: PlugProblem, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.problem = problem
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """What became of an `attach_port` or `detach_port` that succeeded."""
+
+    changed: bool  # False: it was so already
+    ports: tuple[PortName, ...]  # that are there now (attach), or were taken away (detach)
+    advice: tuple[str, ...] = ()  # what is left to do by hand, for people, a line each
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +116,12 @@ class Hypervisor(Protocol):
         """
         ...
 
-    def doubts(self) -> tuple[str, ...]:
-        """`Look.conflicts`, as the last scan has them: a reason to look, never evidence. Does not wait."""
-        ...
-
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
         """Scan afresh: processes first, then monitors. Never answered from memory.
 
         With `vm` only that VM's monitors are asked: which instances of others exist is as fresh,
-        but what these do is what was heard of them last.
+        but what these do is what was heard of them last. Without `monitors` that holds for all: which
+        instances exist, and whose they are, is what is asked, and a mute monitor costs no time.
         """
         ...
 
@@ -107,6 +151,14 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
+        """Remove saved memory from which the VM could be continued (S0); its processes have ended.
+
+        Never fails: what is left, or cannot be seen, makes the VM silent in the next look. Returns what was
+        removed, a line for each.
+        """
+        ...
+
     async def reset(self, identity: ProcessIdentity, *, timeout_s: float) -> InstanceReset:
         """`system_reset` the one running instance and prove it by its RESET event (S8).
 
@@ -125,5 +177,39 @@ class Hypervisor(Protocol):
 
         Raises:
             CannotStart: there is no start command, or it failed; the message carries its last line.
+        """
+        ...
+
+    async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
+        """Plug a port into the running VM, and write it into its persistent definition where there is one.
+
+        Idempotent: a port of that name that can be served is left as it is. When a step fails, what was added
+        before is taken away again.
+
+        Args:
+            vm: the VM; refused unless exactly one process of it runs here, and no migration does.
+            port: the name of the port; untrusted text.
+            timeout_s: how long all of it may take, seconds; undoing a failure takes 2 s at most beyond it.
+
+        Raises:
+            PlugError: it was not attached.
+        """
+        ...
+
+    async def detach_port(
+        self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
+    ) -> Plugged:
+        """Take a port away from the running VM and from its persistent definition. Its guest is not asked.
+
+        Idempotent: a port that is not there is gone.
+
+        Args:
+            vm: the VM; as for `attach_port`.
+            port: the name of the port; None: every port that `attach_port` made.
+            force: also a port that the VM was started with. Without, it is refused (NOT_OURS).
+            timeout_s: how long all of it may take, seconds.
+
+        Raises:
+            PlugError: a port is, or may be, still there.
         """
         ...

@@ -21,6 +21,11 @@ _PASSTHROUGH = ("vfio", "vhost-user", "vhost-vdpa")
 _SOCKET = re.compile(r"(?:^|[,:])(?:unix:|path=)((?:[^,]|,,)+)")
 """`-qmp unix:PATH,server=on` and `-chardev socket,path=PATH`; a comma in a path is doubled."""
 
+_LIBVIRT = re.compile(
+    r"(?:\{\"qom-type\":\"secret\"|secret,).*\bmasterKey0\b.*?[\"=](/[^\"]*)/domain-(\d{1,9})-[^/]*/master-key\.aes(?:\"\})?"
+)
+"""Since 1.3 every QEMU of libvirt's gets a key in a directory with the number of its execution."""
+
 _NETWORK_STORAGE = re.compile(
     r"(?:^|[=,:\"'])(?:rbd|nbd|nbd\+unix|nbd\+tcp|iscsi|iser|https?|ftps?|gluster(?:\+\w+)?|ssh|sftp|nfs|sheepdog"
     r"|nvme|vitastor|blkio)(?::|\")"
@@ -41,6 +46,9 @@ class CommandLine:
     passthrough: bool = False  # names a vfio, vhost-user or vdpa device
     network_storage: bool = False  # names storage that is reached over a network or another process
     sockets: tuple[str, ...] = ()  # paths of unix sockets, of monitors and others; relative ones as written
+    incoming: bool = False  # begins by receiving memory: a migration's destination, or restored from a file
+    domain_id: int | None = None  # libvirt's number of this execution; None: libvirt did not start it
+    libvirt_home: str = ""  # the directory of the libvirt that did
 
     @property
     def vm_uuid(self) -> VmUuid | None:
@@ -60,6 +68,8 @@ def parse_command_line(raw: bytes) -> CommandLine:
     options = {option for option, _ in pairs}
     actions = [value for option, value in pairs if option == "action"]
     text = "\0".join(arguments[1:])
+    domains = {(int(found[2]), found[1]) for found in map(_LIBVIRT.fullmatch, arguments[1:]) if found}
+    domain_id, home = domains.pop() if len(domains) == 1 else (None, "")
     return CommandLine(
         uuids=tuple(dict.fromkeys(uuids)),
         name=_printable(next((n for n in map(_guest_name, reversed(names)) if n), "")),
@@ -70,6 +80,9 @@ def parse_command_line(raw: bytes) -> CommandLine:
         sockets=tuple(
             path.replace(",,", ",") for argument in arguments[1:] for path in _SOCKET.findall(argument)
         ),
+        incoming="incoming" in options,
+        domain_id=domain_id,
+        libvirt_home=home,
     )
 
 

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Blocking calls that may never return, each in a daemon thread of its own.
-
-`asyncio.to_thread` shares a small pool: a few reads of /proc or of a dead NFS server that hang would stop all
-others (S7), and the interpreter would wait for them at exit.
-"""
+"""Blocking calls that may never return, each in a daemon thread of its own, and not too many of them (S7)."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
+from vmchannel_host.daemon_thread import in_daemon_thread
 from vmchannel_host.hypervisors import NotProven
 
 T = TypeVar("T")
@@ -40,42 +36,24 @@ class DetachedCalls:
             function: may block for ever.
             timeout_s: seconds.
             discard: gives back what a late result holds, when nobody waits for it any more.
-            on_return: called in the event loop when `function` has returned, in time or not.
+            on_return: called in the event loop when `function` has returned, in time or not, or is not run.
 
         Raises:
             NotProven: it did not return in time (its thread goes on), or `limit` calls are under way.
         """
         if self._running >= self._limit:
+            on_return()
             raise NotProven(f"{name}: {self._limit} blocking calls are under way already")
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
 
-        def deliver(result: T | None, error: BaseException | None) -> None:
+        def returned() -> None:
             self._running -= 1
             on_return()
-            value = cast(T, result)  # None only when T is None, or with an error
-            if not answer.done():
-                answer.set_result(value) if error is None else answer.set_exception(error)
-            elif error is None:
-                discard(value)
-
-        def work() -> None:
-            result, error = None, None
-            try:
-                result = function()
-            except BaseException as caught:  # noqa: BLE001 - carried to the caller
-                error = caught
-            try:
-                loop.call_soon_threadsafe(deliver, result, error)
-            except RuntimeError:
-                return  # the loop has closed: nobody waits any more
 
         self._running += 1
         try:
-            threading.Thread(target=work, name=f"vmchannel {name}", daemon=True).start()
+            answer = in_daemon_thread(f"vmchannel {name}", function, discard=discard, on_return=returned)
         except RuntimeError as error:
-            self._running -= 1
-            on_return()
+            returned()
             raise NotProven(f"{name}: {error}") from error
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How an instance is ended and what proves it: quit, SIGKILL by pidfd, QMP read to its end (S1)."""
+"""How an instance is ended and what proves it: quit or SIGTERM, SIGKILL, its monitor heard out (S1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmchannel_host.hypervisors import BeforeKill, HypervisorError, NotProven
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.image_locks import OpenStorage, look_at_storage, wait_settled
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.qmp_monitor import CommandRefused, Monitor, MonitorError
+from vmchannel_host.hypervisors.monitors import CommandRefused, InstanceMonitor, MonitorError
 from vmchannel_host.model import EndCause, EndProof, HostName, InstanceEnded, IoState
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,9 @@ class Endings:
 
         It stays when the caller goes away: whoever concludes the end has no other way to prove its writes.
         """
-        if watched.monitor is not None and watched.monitor.open:
+        if watched.process.command.domain_id is not None:
+            await self._terminate(watched, quit_timeout_s)
+        elif watched.monitor is not None and watched.monitor.open:
             await self._quit(watched, watched.monitor, quit_timeout_s)
         if watched.process.ended():
             return
@@ -164,7 +166,24 @@ class Endings:
         if not await _ended_by(watched, until=deadline):
             raise NotProven(f"{watched.identity} was killed but has not ended: it may hang in the kernel")
 
-    async def _quit(self, watched: Watched, monitor: Monitor, timeout_s: float) -> None:
+    async def _terminate(self, watched: Watched, timeout_s: float) -> None:
+        """Have a QEMU of libvirt's leave as libvirt itself would, which then books an end in order.
+
+        SIGTERM needs no libvirtd that answers. That QEMU drained is told by its exit status; where the kernel
+        does not tell that, by what it had open.
+        """
+        storage = await self._storage(watched)
+        try:
+            watched.cause = EndCause.TERM
+            watched.process.terminate()
+            until = asyncio.get_running_loop().time() + timeout_s
+            if await _ended_by(watched, until=until) and watched.storage_at_kill is None:
+                watched.storage_at_kill = storage
+        finally:
+            if watched.storage_at_kill is not storage:
+                storage.close()
+
+    async def _quit(self, watched: Watched, monitor: InstanceMonitor, timeout_s: float) -> None:
         """Ask QEMU to leave, and wait until it has, has refused, or `timeout_s` is over."""
         watched.cause = EndCause.QUIT
         until = asyncio.get_running_loop().time() + timeout_s
@@ -194,8 +213,10 @@ class Endings:
     async def _conclude(self, watched: Watched, began: float, deadline: float) -> InstanceEnded:
         """The pidfd has fired: gather the rest of the evidence and report it."""
         elapsed_ms = round((self._clock() - began) * 1000)
-        read_to_end = await _read_to_end(watched.monitor)
+        monitor = watched.monitor
+        read_to_end = await _read_to_end(monitor)
         io = await self._io_state(watched, watched.storage_at_kill, deadline)
+        held_back = not read_to_end and monitor is not None and monitor.ends_with_process
         if not read_to_end:
             log.warning("the monitor's stream did not end with its process: %s", watched.identity)
         evidence = InstanceEnded(
@@ -205,7 +226,7 @@ class Endings:
             cause=watched.cause,
             io=io,
             # What was not read may say that a migration completed.
-            departed=watched.departed or not read_to_end,
+            departed=watched.departed or held_back,
             elapsed_ms=elapsed_ms,
         )
         self._table.conclude(watched, evidence)
@@ -252,10 +273,10 @@ async def _marked(watched: Watched, before_kill: BeforeKill, deadline: float) ->
         ) from error
 
 
-async def _ask_to_quit(watched: Watched, monitor: Monitor, timeout_s: float) -> bool:
+async def _ask_to_quit(watched: Watched, monitor: InstanceMonitor, timeout_s: float) -> bool:
     """Send `quit`. False when QEMU refused it; a lost or late answer says nothing."""
     try:
-        await monitor.execute("quit", timeout_s=timeout_s)
+        await monitor.quit(timeout_s=timeout_s)
     except CommandRefused as error:
         log.warning("quit refused: %s", error)
         return False
@@ -271,6 +292,8 @@ def _left_by_itself(watched: Watched, exit_status: int | None) -> bool:
     `quit` was taken, then it ended; a SHUTDOWN event alone may have been followed by a SIGKILL. A `quit`
     without an answer may have met a QEMU that was crashing: then its exit status must say so.
     """
+    if watched.cause is EndCause.TERM:
+        return exit_status == 0
     if watched.cause is EndCause.QUIT:
         return exit_status == 0 or (exit_status is None and watched.quit_taken)
     return watched.cause is EndCause.NONE and watched.shutdown_seen and exit_status == 0
@@ -285,7 +308,7 @@ async def _ended_by(watched: Watched, *, until: float) -> bool:
     return True
 
 
-async def _read_to_end(monitor: Monitor | None) -> bool:
+async def _read_to_end(monitor: InstanceMonitor | None) -> bool:
     if monitor is None:
         return True  # nothing was watched, so nothing was missed
     try:

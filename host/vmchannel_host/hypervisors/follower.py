@@ -14,20 +14,19 @@ from typing import Protocol
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorClosed, MonitorMute, NobodyListens
 from vmchannel_host.hypervisors.process import ProcessGone, VerifiedProcess
 from vmchannel_host.hypervisors.qmp_monitor import (
-    CommandRefused,
     Monitor,
-    MonitorClosed,
-    MonitorMute,
-    NobodyListens,
     read_chardevs,
     read_facts,
+    read_plugged,
     read_run_state,
     read_uuid,
     watch_migration,
 )
-from vmchannel_host.model import NIL_UUID, Migration, ProcessIdentity, VmUuid
+from vmchannel_host.hypervisors.source import Conflict
+from vmchannel_host.model import Migration, ProcessIdentity, VmUuid
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +43,12 @@ class Timings:
 
     connect_s: float = 2.0  # to the end of QMP's greeting
     command_s: float = 2.0
-    poll_s: float = 60.0  # everything is asked anew, though no event came (hot-plug of a port has none)
+    poll_s: float = 60.0  # asked again, though no event came (hot-plug of a port has none)
     port_poll_s: float = 1.0  # of ports without an id: QEMU sends no VSERPORT_CHANGE of them
     migration_poll_s: float = 1.0  # while QEMU refuses to send MIGRATION events
     first_retry_s: float = 0.1
     last_retry_s: float = 5.0
     calm_s: float = 0.02  # between two questions, so that a storm of events costs little
-
-
-class Conflict(HypervisorError):
-    """A monitor contradicts its process: neither is believed.
-
-    Attributes:
-        vm_uuids: the VMs whose state cannot be said.
-    """
-
-    def __init__(self, reason: str, *vm_uuids: VmUuid) -> None:
-        super().__init__(reason)
-        self.vm_uuids = tuple(vm_uuid for vm_uuid in vm_uuids if vm_uuid != NIL_UUID)
 
 
 class Identify(Protocol):
@@ -98,6 +85,7 @@ class SocketFollower:
         self._dirty = asyncio.Event()
         self._ports_dirty = False
         self._migration_watched = False
+        self._poll_due = False
         self._watched: Watched | None = None
         self._last_problem = ""
 
@@ -140,7 +128,7 @@ class SocketFollower:
             return
         asked_at = watched.migration_events
         try:
-            state = await read_run_state(watched.monitor, timeout_s=timeout_s)
+            state = await watched.monitor.run_state(timeout_s=timeout_s)
             watched.learn_state(*state, asked_at=asked_at)
         except HypervisorError:
             watched.mute = True
@@ -228,6 +216,10 @@ class SocketFollower:
             except CommandRefused:
                 log.debug("no MIGRATION events yet path=%s", self.path)
         asked_at = watched.migration_events
+        if self._poll_due and watched.facts is not None and not watched.mute:
+            plugged = await read_plugged(monitor, timeout_s=timeout_s)
+            self._ports_dirty = self._ports_dirty or plugged != watched.facts.plugged
+        self._poll_due = False
         if self._ports_dirty or watched.facts is None or watched.mute:
             self._ports_dirty = False
             directory = self._directory(watched.identity.pid)
@@ -250,7 +242,7 @@ class SocketFollower:
             async with asyncio.timeout(self._timings.migration_poll_s if polling else self._timings.poll_s):
                 await news.wait()
         except TimeoutError:
-            self._ports_dirty = not polling
+            self._poll_due = not polling
 
     async def _poll_ports(self, monitor: Monitor, watched: Watched) -> None:
         """See what QEMU sends no events of: a guest that opens or closes a port without an id."""

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.image_locks import OpenStorage
+from vmchannel_host.hypervisors.monitors import InstanceMonitor
 from vmchannel_host.hypervisors.process import ProcessKey, VerifiedProcess
-from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.hypervisors.qmp_state import MonitorFacts, migration_after_event
 from vmchannel_host.model import (
     EndCause,
@@ -38,7 +38,7 @@ class Watched:
     def __init__(self, process: VerifiedProcess, *, configured: bool = True) -> None:
         self.process = process
         self.configured = configured  # see `Instance.configured`
-        self.monitor: Monitor | None = None
+        self.monitor: InstanceMonitor | None = None
         self.monitored = False  # a monitor was believed once
         self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
         self.mute = False
@@ -79,7 +79,7 @@ class Watched:
             interruptions=self.interruptions,
         )
 
-    def attach(self, monitor: Monitor) -> None:
+    def attach(self, monitor: InstanceMonitor) -> None:
         """Believe this monitor from now on. What happened since an earlier one closed, nobody heard."""
         if self.monitored:
             self.interruptions += 1

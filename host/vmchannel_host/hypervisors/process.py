@@ -163,12 +163,15 @@ class VerifiedProcess:
         Raises:
             HypervisorError: the kernel refuses it (no permission).
         """
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        except OSError as error:
-            raise HypervisorError(f"cannot kill {self.identity}: {error.strerror}") from error
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM through the pidfd: QEMU then drains its I/O and leaves, also with `-no-shutdown`.
+
+        Raises:
+            HypervisorError: the kernel refuses it (no permission).
+        """
+        self._signal(signal.SIGTERM)
 
     def close(self) -> None:
         """Give the pidfd back. Safe to call twice."""
@@ -181,6 +184,14 @@ class VerifiedProcess:
             self._ended.set()  # its reader is gone: whoever waits would not hear of it any more
         os.close(self._pidfd)
         self._pidfd = -1
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return
+        except OSError as error:
+            raise HypervisorError(f"cannot end {self.identity}: {error.strerror}") from error
 
     def _on_end(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
         # A pidfd stays readable for ever: a reader left in place would spin.

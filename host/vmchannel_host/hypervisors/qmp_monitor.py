@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, cast
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecuteError, QMPError, Runstate
 
-from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.monitors import (
+    CommandRefused,
+    MonitorClosed,
+    MonitorMute,
+    NobodyListens,
+)
+from vmchannel_host.hypervisors.qmp_client import Client, EventHandler, EventTap, fetch_error
 from vmchannel_host.hypervisors.qmp_state import (
     MAX_PORTS,
     NAMED,
@@ -39,42 +43,14 @@ from vmchannel_host.hypervisors.qmp_state import (
 )
 from vmchannel_host.model import Migration, Port, RunState, VmUuid
 
-MAX_MESSAGE_BYTES = 128 * 1024
-"""Longest line taken from a monitor, in bytes; query-chardev with 500 chardevs is half of it."""
-
-READ_BYTES = 16 * 1024
-"""Taken from a monitor at a time, in bytes; then the other tasks have their turn."""
-
 MAX_UNANSWERED = 32
 """Commands that a mute monitor may owe us before further ones are refused at once."""
-
-EventHandler = Callable[[str, Mapping[str, object]], None]
-
-
-class MonitorError(HypervisorError):
-    """The monitor is of no use now."""
-
-
-class MonitorMute(MonitorError):
-    """No answer in time: QEMU is stopped or hung, or another client holds the monitor."""
-
-
-class MonitorClosed(MonitorError):
-    """Nobody listens, or the connection ended."""
-
-
-class NobodyListens(MonitorClosed):
-    """There is no socket at the path, or no process behind it."""
-
-
-class CommandRefused(MonitorError):
-    """QEMU answered with an error."""
 
 
 class Monitor:
     """A negotiated QMP session. Commands may be sent by several tasks."""
 
-    def __init__(self, path: str, sock: socket.socket, client: _Client) -> None:
+    def __init__(self, path: str, sock: socket.socket, client: Client) -> None:
         self.path = path
         self.peer_pid = _peer_pid(sock)
         self._sock = sock
@@ -90,7 +66,7 @@ class Monitor:
             MonitorClosed: what answers is not QMP.
         """
         sock = _connect_socket(path)
-        client = _Client()
+        client = Client()
         try:
             async with asyncio.timeout(timeout_s):
                 await client.connect(sock)
@@ -155,6 +131,54 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise MonitorClosed(f"{self.path}: closed before the answer to {command}") from error
 
+    @property
+    def ends_with_process(self) -> bool:
+        """QEMU holds the other end of the socket, and nobody else."""
+        return True
+
+    async def quit(self, *, timeout_s: float) -> None:
+        """See `InstanceMonitor.quit`."""
+        await self.execute("quit", timeout_s=timeout_s)
+
+    async def run_state(self, *, timeout_s: float) -> tuple[RunState, Migration]:
+        """See `InstanceMonitor.run_state`. QEMU writes events and replies in order."""
+        return await read_run_state(self, timeout_s=timeout_s)
+
+    async def resettable(self, *, timeout_s: float) -> bool:
+        """See `InstanceMonitor.resettable`."""
+        return await read_resettable(self, timeout_s=timeout_s)
+
+    async def reset(self, *, timeout_s: float) -> None:
+        """See `InstanceMonitor.reset`.
+
+        QEMU 7.2 was seen to write the event just before the command's own return, as well as after it: the
+        command is carried out before its reply is queued. Both are taken; the reply must come too.
+        """
+        with self.tap("RESET") as tap:
+            await self.execute("system_reset", timeout_s=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._wait_for_reset(tap)
+
+    async def _wait_for_reset(self, tap: EventTap) -> None:
+        """Wait for the event; a monitor that closes first means that QEMU left instead (-no-reboot)."""
+        async with asyncio.TaskGroup() as tasks:
+            event = tasks.create_task(tap.wait_for(_by_our_command), name="reset event")
+            closed = tasks.create_task(self.wait_closed(), name="monitor closed")
+            await asyncio.wait((event, closed), return_when=asyncio.FIRST_COMPLETED)
+            proven = event.done()
+            event.cancel()
+            closed.cancel()
+        if not proven:
+            raise MonitorClosed(f"{self.path}: closed before the RESET event")
+
+    async def give_fd(self, name: str, fd: int, *, timeout_s: float) -> None:
+        """Hand QEMU a copy of a file descriptor, under a name that a command can use once.
+
+        Raises: as `execute`.
+        """
+        self._client.pass_fd(fd, self.path)
+        await self.execute("getfd", {"fdname": name}, timeout_s=timeout_s)
+
     async def wait_closed(self) -> None:
         """Wait until the stream has been read to its end and every event in it was handed on."""
         while self.open:
@@ -172,30 +196,8 @@ class Monitor:
             if not closing.done():
                 await asyncio.wait((closing,), timeout=1.0)
             closing.cancel()
-            closing.add_done_callback(
-                _fetch_error
-            )  # disconnect() raises whatever ended the reader, by design
+            closing.add_done_callback(fetch_error)  # disconnect() raises whatever ended the reader, by design
             self._sock.close()
-
-
-class EventTap:
-    """The events of one name; keeps the first 64."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._events: list[Mapping[str, object]] = []
-        self._arrived = asyncio.Event()
-
-    def put(self, data: Mapping[str, object]) -> None:
-        if len(self._events) < 64:
-            self._events.append(data)
-            self._arrived.set()
-
-    async def wait_for(self, wanted: Callable[[Mapping[str, object]], bool]) -> None:
-        """Wait for the first event that is wanted."""
-        while not any(wanted(data) for data in self._events):
-            self._arrived.clear()
-            await self._arrived.wait()
 
 
 async def read_uuid(monitor: Monitor, *, timeout_s: float) -> VmUuid:
@@ -230,7 +232,13 @@ async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> M
     ports, silent = await _ports(monitor, devices, directory, timeout_s)
     resettable = _is_resettable(devices, await _network(monitor, timeout_s))
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
-    return MonitorFacts(name, run_state, migration, ports, resettable, silent, monitor.version)
+    version, plugged = monitor.version, hash(devices)
+    return MonitorFacts(name, run_state, migration, ports, resettable, silent, version, plugged)
+
+
+async def read_plugged(monitor: Monitor, *, timeout_s: float) -> int:
+    """Ask for what tells whether a device came or went: `MonitorFacts.plugged`."""
+    return hash(await _devices(monitor, timeout_s))
 
 
 async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:
@@ -288,67 +296,8 @@ async def _property(monitor: Monitor, device: Device, name: str, timeout_s: floa
     return await monitor.execute("qom-get", {"path": device.path, "property": name}, timeout_s=timeout_s)
 
 
-class _Listener(EventListener):
-    """Hands events on from the reader instead of keeping them: the library's own listener grows for ever."""
-
-    def __init__(self, client: _Client) -> None:
-        super().__init__()
-        self._owner = client
-
-    async def put(self, event: Message) -> None:
-        name, data = event.get("event"), event.get("data")
-        if not isinstance(name, str):
-            return
-        fields: Mapping[str, object] = cast(Mapping[str, object], data) if isinstance(data, dict) else {}
-        for tap in self._owner.taps:
-            if tap.name == name:
-                tap.put(fields)
-        if self._owner.handler is not None:
-            self._owner.handler(name, fields)
-
-
-class _Client(QMPClient):
-    """The library's client with bounded memory, and quiet: the caller logs what matters."""
-
-    def __init__(self) -> None:
-        super().__init__(readbuflen=MAX_MESSAGE_BYTES)
-        self.logger = logging.Logger("quiet", logging.CRITICAL + 1)  # noqa: LOG001 - for this object only
-        self.events.event_filter = lambda _event: False
-        self.handler: EventHandler | None = None
-        self.taps: list[EventTap] = []
-        self.unanswered: set[str] = set()
-        self.heard = asyncio.Event()
-        self.register_listener(_Listener(self))
-
-    async def _establish_session(self) -> None:
-        await super()._establish_session()
-        if self._writer is not None:
-            # asyncio's own 256 KiB would be thousands of events in one go: 80 ms for which all others wait.
-            cast(Any, self._writer.transport).max_size = READ_BYTES
-        if self._bh_tasks is not None:
-            self._bh_tasks.add_done_callback(_fetch_error)
-
-    def _schedule_disconnect(self) -> None:
-        super()._schedule_disconnect()
-        if self._dc_task is not None:
-            self._dc_task.add_done_callback(_fetch_error)
-
-    def _cb_outbound(self, msg: Message) -> Message:
-        if isinstance(identifier := msg.get("id"), str):
-            self.unanswered.add(identifier)
-        return msg
-
-    def _cb_inbound(self, msg: Message) -> Message:
-        self.heard.set()
-        if isinstance(identifier := msg.get("id"), str):
-            self.unanswered.discard(identifier)
-        return msg
-
-
-def _fetch_error(done: asyncio.Future[Any]) -> None:
-    """Errors of the library's tasks are those of the connection: `wait_closed` and `execute` report them."""
-    if not done.cancelled():
-        done.exception()
+def _by_our_command(data: Mapping[str, object]) -> bool:
+    return data.get("reason") == "host-qmp-system-reset" and data.get("guest") is False
 
 
 def _connect_socket(path: str) -> socket.socket:

@@ -42,6 +42,7 @@ class MonitorFacts:
     resettable: bool
     silent: frozenset[Chardev] = frozenset()  # to be polled: QEMU sends no events of a port without an id
     version: str = ""  # of QEMU; "" when its greeting does not tell it
+    plugged: int = 0  # a hash of the devices that may come and go
 
 
 @dataclass(frozen=True, slots=True)

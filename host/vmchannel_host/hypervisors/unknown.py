@@ -17,8 +17,6 @@ from vmchannel_host.model import Migration, UnknownProcess, VmUuid
 MAX_FOLLOWED = 256
 """Unidentified processes of which it is remembered what they are not. Further ones may be any VM's."""
 
-_SETTLED = (Migration.NONE, Migration.UNKNOWN)
-
 
 class UnknownProcesses:
     """The unidentified processes of this host, from one scan to the next (pure)."""
@@ -31,7 +29,8 @@ class UnknownProcesses:
         """A scan has found these unidentified processes; afterwards these instances live.
 
         Of these only those count that the configuration leads to (anybody may run a QEMU with a VM's UUID,
-        decision 0006) and that are in no migration: its other end may be the unidentified process.
+        decision 0006) and whose monitor says that they are in no migration: its other end may be the
+        unidentified process, and of one whose monitor never answered nobody can say (S1).
 
         Args:
             found: all that the scan found.
@@ -48,7 +47,7 @@ class UnknownProcesses:
             if not watched.configured:
                 continue
             vm_uuid = watched.identity.vm_uuid
-            settled = watched.last_migration in _SETTLED
+            settled = watched.last_migration is Migration.NONE
             self._homes.setdefault(vm_uuid, set()).update(sockets)
             for others in self._beside.values():
                 if settled:

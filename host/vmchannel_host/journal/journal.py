@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from vmchannel_host.daemon_thread import in_daemon_thread
 from vmchannel_host.journal import tables
 from vmchannel_host.journal.file import StoreSettings
 from vmchannel_host.journal.restored import Restored
@@ -41,6 +44,11 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 5.0
 """How long a call waits for the disk, seconds, unless it says otherwise."""
+
+CLOSE_S = 10.0
+"""How long closing waits for it, seconds: all that a stop waits for is well under its unit's time."""
+
+_log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -96,10 +104,18 @@ class Journal:
             raise
         return cls(thread, store)
 
-    async def close(self) -> None:
-        """Finish the calls that wait, then close the file. Idempotent."""
+    async def close(self, *, timeout_s: float = CLOSE_S) -> None:
+        """Finish the calls that wait, then close the file. Idempotent.
+
+        A disk that does not answer is waited for `timeout_s` seconds, no longer: nothing that was told
+        depends on what it still has to do, and the next opening recovers the journal as after a crash.
+        """
         self._thread.close()
-        await asyncio.shield(asyncio.wrap_future(self._thread.ended))
+        ended = asyncio.wrap_future(self._thread.ended)
+        done, _ = await asyncio.wait([ended], timeout=timeout_s)
+        if not done:
+            ended.cancel()
+            _log.error("%s: not closed: no answer from the disk in %s s", self._path, timeout_s)
 
     @property
     def last_seq(self) -> int:
@@ -145,8 +161,8 @@ class Journal:
         """Walk the whole chain in a second connection, while other calls go on: 2 s per 10,000 records."""
         stop = threading.Event()
         async with self._one_walk:
-            walk = asyncio.ensure_future(
-                asyncio.to_thread(verify_file, self._path, self._verifier, stopped=stop.is_set)
+            walk = in_daemon_thread(
+                "verify", partial(verify_file, self._path, self._verifier, stopped=stop.is_set)
             )
             try:
                 return await asyncio.shield(walk)

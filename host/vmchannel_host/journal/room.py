@@ -54,6 +54,7 @@ class Room:
         self._path = path
         self._descriptors = descriptors
         self._allocated = False  # all that SQLite may use now is really there
+        self._spared = False  # so is what the next opening needs
         self.short = ""  # why only `off` may write; "" while there is room
 
     def make(self) -> None:
@@ -99,10 +100,11 @@ class Room:
         self._allocated = True
 
     def _keep_for_opening(self) -> None:
-        spare = _beside(self._path, _SPARE)
-        if not spare.exists():
-            with _opened(spare, os.O_CREAT) as file:
-                os.posix_fallocate(file, 0, _SPARE_BYTES)
+        if self._spared:
+            return
+        with _opened(_beside(self._path, _SPARE), os.O_CREAT) as file:
+            os.posix_fallocate(file, 0, _SPARE_BYTES)  # of one that the disk had no room for: the rest
+        self._spared = True
 
     def _grow(self, by_pages: int) -> None:
         pages, size = self._pragma("page_count"), self._pragma("page_size")

@@ -267,9 +267,17 @@ class JournalStore:
         return last - head.checkpoint_seq
 
     def _last_to_prune(self, head: Head, before_us: int) -> int:
-        """The last record of the longest prefix that is old enough and cuts no operation."""
+        """The last record of the longest prefix that is old enough and cuts no operation.
+
+        Of this boot the clock that nobody sets tells how old: a wall clock that was set ahead must not take
+        an operation that runs.
+        """
+        settings = self.settings
+        age_us = int(settings.wall_clock() * 1e6) - before_us
         row = self.connection.execute(
-            "SELECT seq FROM records WHERE at_us >= ? OR seq = ? ORDER BY seq LIMIT 1", (before_us, head.seq)
+            """SELECT seq FROM records WHERE at_us >= ? OR seq = ? OR (boot_id = ? AND boottime_us >= ?)
+                ORDER BY seq LIMIT 1""",
+            (before_us, head.seq, settings.boot_id, int(settings.boottime() * 1e6) - age_us),
         ).fetchone()
         last = min(int(row[0]) - 1 if row else 0, head.checkpoint_seq + _PRUNE_AT_ONCE)
         while True:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from vmchannel_host.journal.file import Row
 from vmchannel_host.journal.store import JournalStore
 from vmchannel_host.journal.types import (
+    LIVED,
     JournalCorrupt,
     JournalMisuse,
     Json,
@@ -251,16 +252,23 @@ def find_request(store: JournalStore, request_id: bytes) -> StoredRequest | None
 
 
 def prune_tables(store: JournalStore, before: float) -> None:
-    """Remove old requests, and old ended processes of VMs that were seen again since.
+    """Remove old requests, and old ended processes of VMs that were seen to live again since.
 
-    The last process of a VM stays for ever: that it ended is what "already off" rests on.
+    Until then an end is evidence, however old it is: that the VM left, that its last writes are unproven, or
+    that it is off, which "already off" rests on (S1). A wall clock that was set ahead takes away no request
+    that may still be repeated (S5).
     """
-    store.connection.execute("DELETE FROM requests WHERE stored_at < ?", (before,))
+    settings = store.settings
     store.connection.execute(
-        """DELETE FROM instances WHERE ended_at < ? AND EXISTS
-            (SELECT 1 FROM instances AS later
-                WHERE later.vm_uuid = instances.vm_uuid AND later.id > instances.id)""",
-        (before,),
+        "DELETE FROM requests WHERE stored_at < ? AND NOT (boot_id = ? AND deadline > ?)",
+        (before, settings.boot_id, settings.boottime()),
+    )
+    store.connection.execute(
+        """DELETE FROM instances WHERE id IN (
+            SELECT old.id FROM instances AS old WHERE old.ended_at < ? AND EXISTS (
+                SELECT 1 FROM instances AS living WHERE living.vm_uuid = old.vm_uuid
+                    AND living.first_seen > old.ended_at AND living.migration IN (?, ?)))""",
+        (before, *(migration.value for migration in LIVED)),
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from vmchannel_host.model import (
     BootId,
@@ -90,6 +90,10 @@ class OperationRows:
     records: int
     first: Record
     last: Record
+
+
+LIVED: Final = (Migration.NONE, Migration.OUTGOING)
+"""As last watched of a process in which the VM was seen to live: it makes earlier ends of that VM history."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class UnusableJournal(Journal):
         """Nothing is known."""
         return None
 
-    async def close(self) -> None:
+    async def close(self, *, timeout_s: float = 0.0) -> None:
         """There is nothing to close."""
 
     async def verify(self) -> VerifyResult:

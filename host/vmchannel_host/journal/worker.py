@@ -58,6 +58,8 @@ class StoreThread:
         self._closed = False
         self.opened: Future[JournalStore] = Future()
         self.ended: Future[None] = Future()
+        for told in (self.opened, self.ended):
+            told.set_running_or_notify_cancel()  # who waits for them no more cannot cancel them
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
     def start(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vmchannel_host.journal.types import KnownInstance
+from vmchannel_host.journal.types import LIVED, KnownInstance
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -18,7 +18,6 @@ from vmchannel_host.model import (
     Instance,
     InstanceEnded,
     IoState,
-    Migration,
     ProcessIdentity,
 )
 from vmchannel_host.registry.instance_state import (
@@ -91,7 +90,7 @@ class VmHistory:
         and a first sight at one time count as if the end came last: it stands, which makes a claim harder.
         """
         order = self._order(rows)
-        ran = [number for row, (number, _) in zip(rows, order, strict=True) if _ran(row)]
+        ran = [number for row, (number, _) in zip(rows, order, strict=True) if row.migration in LIVED]
         for row, (first, ended) in zip(rows, order, strict=True):
             process = Process(row.host, row.identity, first, row.name, from_migration(row.migration))
             process.arrived = process.state is InstanceState.INCOMING
@@ -266,11 +265,6 @@ def _unsettled_kill(process: Process) -> bool:
     end = process.evidence
     stands = not process.superseded and not process.confirmed_by
     return stands and end is not None and end.cause is not EndCause.NONE and end.io is IoState.UNPROVEN
-
-
-def _ran(row: KnownInstance) -> bool:
-    """Whether the VM was seen to live in a process that is known from the records."""
-    return row.migration in (Migration.NONE, Migration.OUTGOING)
 
 
 def _forked(gone: Process, living: Process) -> bool:

@@ -31,6 +31,7 @@ from fence_vmchannel.messages import (
     FenceRequest,
     PowerState,
 )
+from fence_vmchannel.pace import Pace
 from fence_vmchannel.peers import HOST_PEER, PeerInfo, PeerKind
 from tests.fakes.hub_pair import HOST, VM, FakePort, eventually
 from tests.fakes.raw_guest import RawGuest
@@ -38,7 +39,6 @@ from vmchannel_host.fence_channel import FenceChannels
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
 from vmchannel_host.model import BootId, Port, PortName, ProcessIdentity, VmUuid
-from vmchannel_host.pace import Pace
 from vmchannel_host.vm_ports import VmPort
 
 ENDLESS = Pace(1e9, time.monotonic)
@@ -148,7 +148,12 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def scene(
-    directory: Path, *, name: str = VM.name, limits: Limits | None = None, pace: Pace | None = None
+    directory: Path,
+    *,
+    name: str = VM.name,
+    limits: Limits | None = None,
+    pace: Pace | None = None,
+    opening: Pace | None = None,
 ) -> AsyncGenerator[Scene]:
     """The hub, the honest VM's hub connected to it, and the attacker's VM, which is called `name`."""
     path = str(directory / "port.sock")
@@ -161,7 +166,9 @@ async def scene(
     attacker = replace(VM, name=name, kind=PeerKind.VM, info=port)
     try:
         async with (
-            Hub(PeerIdentity("host-boot", "host"), terms=PeerTerms(limits or Limits())) as hub,
+            Hub(
+                PeerIdentity("host-boot", "host"), terms=PeerTerms(limits or Limits()), opening=opening
+            ) as hub,
             Hub(PeerIdentity("honest-boot", "honest"), default_peer=HOST_PEER) as honest,
         ):
             hub.offer("org.example.echo", echo)

@@ -15,7 +15,8 @@ from fence_vmchannel.channel import Channel
 from fence_vmchannel.errors import ChannelClosed, CloseCode, ServiceRefused
 from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.messages import FENCE_SERVICE
-from tests.fakes.hub_pair import HubPair, eventually, hub_pair, next_event
+from tests.fakes.hub_pair import VM, HubPair, eventually, hub_pair, next_event
+from tests.fakes.restarting_hubs import restarting_pair
 
 NOTHING_KEPT = PeerTerms(keep=False)
 CLIPBOARD_NOT_KEPT = PeerTerms(not_kept=frozenset({"org.example.clipboard", FENCE_SERVICE}))
@@ -156,3 +157,39 @@ async def test_without_it_everything_waits(tmp_path: Path) -> None:
             for number in range(100):
                 await channel.send(b"%d" % number)
         assert [await channel.receive() for _ in range(100)] == [b"%d" % number for number in range(100)]
+
+
+async def test_what_a_hub_finds_from_before_its_restart_is_dropped_too_and_the_sender_told(
+    tmp_path: Path,
+) -> None:
+    got: list[bytes] = []
+
+    async def read(channel: Channel) -> None:
+        await channel.accept()
+        while (message := await channel.receive()) is not None:
+            got.append(message)
+
+    async with (
+        restarting_pair(tmp_path) as pair,
+        connect(pair.guest.path, resume_s=60) as guest,
+        connect(pair.host.path, resume_s=60) as host,
+        guest.offer("org.example.read", read),
+        guest.offer("org.example.clipboard", read),
+    ):
+        kept = await host.open(f"{VM.name}/org.example.read", timeout_s=10)
+        dropped = await host.open(f"{VM.name}/org.example.clipboard", timeout_s=10)
+        pair.port.plugged = False
+        pair.port.cut()
+        assert await eventually(lambda: not pair.host.hub.status().peers[0].connected)
+        await dropped.send(b"too late")
+        await kept.send(b"kept")
+        pair.host.terms = CLIPBOARD_NOT_KEPT
+        await pair.host.restart()
+        with pytest.raises(ChannelClosed) as told:
+            await asyncio.wait_for(dropped.receive(), 60)
+        assert told.value.code is CloseCode.PEER_GONE
+        assert "nothing is kept" in told.value.reason
+        assert kept.close_code is None
+        assert not got
+        pair.port.plugged = True
+        assert await eventually(lambda: got == [b"kept"])

@@ -22,11 +22,11 @@ from fence_vmchannel.messages import (
     FenceRequest,
     encode_message,
 )
+from fence_vmchannel.pace import Pace
 from tests.fakes.hub_pair import VM
 from tests.fakes.raw_guest import opening
 from tests.integration.channel.hostile_rig import code_of, scene
 from vmchannel_host.fence_channel import MAX_CHANNELS
-from vmchannel_host.pace import Pace
 
 
 @pytest.mark.parametrize("message", [b"", b"garbage", encode_message(AnnounceAnswer(True, ""))])
@@ -100,6 +100,43 @@ async def test_a_guest_that_asks_too_fast_is_read_later_and_the_others_are_serve
             await guest.expect(FrameType.DATA)
         await stage.honest_is_served()
         assert [requester.name for _, requester in stage.service.asked] == 3 * [VM.name]
+        await guest.close()
+
+
+async def test_a_guest_that_opens_channels_too_fast_is_read_later_whatever_service_it_asks_for(
+    tmp_path: Path,
+) -> None:
+    four_in_an_hour = Pace(0.001, time.monotonic, burst_s=4_000)
+    async with scene(tmp_path, opening=four_in_an_hour) as stage:
+        await stage.honest_is_served()
+        guest = await stage.guest()
+        await guest.greet()
+        for number, service in enumerate(("org.example.echo", FENCE_SERVICE, "org.example.none") * 2):
+            guest.send(FrameType.OPEN, opening(service), channel=2 * number + 1)
+            if number < 5:  # the fifth is one too many: nothing is read after it
+                await guest.answer(2 * number + 1)
+        for number in range(4):
+            guest.send(FrameType.CLOSE, struct.pack(">H", CloseCode.NORMAL), channel=2 * number + 1)
+        await guest.flush()
+        for _ in range(2):
+            await stage.honest_is_served()
+        assert stage.attacked.channels == 4  # nobody has read that they are closed
+        await guest.close()
+
+
+async def test_what_a_guest_opens_and_closes_in_a_flood_waits_for_its_time_and_is_served_then(
+    tmp_path: Path,
+) -> None:
+    async with scene(tmp_path, opening=Pace(400, time.monotonic, burst_s=0.1)) as stage:
+        guest = await stage.guest()
+        await guest.greet()
+        async with stage.undisturbed():
+            for number in range(200):
+                guest.send(FrameType.OPEN, opening("org.example.echo"), channel=2 * number + 1)
+                guest.send(FrameType.CLOSE, struct.pack(">H", CloseCode.NORMAL), channel=2 * number + 1)
+            await guest.flush()
+            guest.send(FrameType.OPEN, opening("org.example.echo"), channel=1_001)
+            assert (await guest.answer(1_001)).type == FrameType.ACCEPT
         await guest.close()
 
 

@@ -27,6 +27,7 @@ from vmchannel_host.admin.view import (
     TrafficView,
     VmView,
 )
+from vmchannel_host.hot_plug import PlugOrder, PlugOutcome
 from vmchannel_host.journal.types import VerifyResult
 
 UUID1 = "aaaaaaaa-0000-4000-8000-000000000001"
@@ -100,6 +101,16 @@ CONFIRMED = ConfirmView(
 )
 
 
+PLUGGED = PlugOutcome(
+    "done",
+    "port org.vmchannel.0 attached",
+    vm_uuid=UUID2,
+    vm_name="vm2",
+    ports=("org.vmchannel.0",),
+    advice=("add to its start command:", "-device virtserialport,name=org.vmchannel.0"),
+)
+
+
 def failed(code: FenceCode, reason: str = "because") -> FenceAnswer:
     """An answer that is no success."""
     return FenceAnswer(bytes(16), False, code, PowerState.UNKNOWN, "hv1", reason)
@@ -124,6 +135,8 @@ class FakeView:
     answered: int = 0
     confirmed: ConfirmView = CONFIRMED
     confirmations: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    plugged: dict[str, PlugOutcome] = field(default_factory=dict[str, PlugOutcome])  # by VM as ordered
+    plugs: list[PlugOrder] = field(default_factory=list[PlugOrder])
     asked_can: tuple[str, FenceAction, str] | None = None
     listeners: int = 0
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -174,6 +187,10 @@ class FakeView:
     async def confirm_off(self, vm: str, operator: str) -> ConfirmView:
         self.confirmations.append((vm, operator))
         return self.confirmed
+
+    async def plug(self, order: PlugOrder) -> PlugOutcome:
+        self.plugs.append(order)
+        return self.plugged.get(order.vm, PLUGGED)
 
     async def events(self) -> AsyncGenerator[AdminEvent, None]:
         self.listeners += 1

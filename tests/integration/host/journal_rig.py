@@ -66,15 +66,17 @@ class JournalRig:
     def public_key(self) -> Path:
         return public_key_path(self.key)
 
-    async def open(
-        self, *, boottime: Callable[[], float] = lambda: 100.0, max_pending: int = 1024
-    ) -> Journal:
+    def boottime(self) -> float:
+        """CLOCK_BOOTTIME: 100 s at first, then as the wall clock goes."""
+        return 100.0 + self.clock.now - Clock.now
+
+    async def open(self, *, boottime: Callable[[], float] | None = None, max_pending: int = 1024) -> Journal:
         return await Journal.open(
             self.path,
             self.key,
             boot_id=BOOT,
             wall_clock=self.clock,
-            boottime=boottime,
+            boottime=boottime or self.boottime,
             max_pending=max_pending,
         )
 

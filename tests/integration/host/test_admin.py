@@ -25,6 +25,8 @@ from vmchannel_host.admin.json_text import REMEDIES
 from vmchannel_host.admin.listener import AdminSocketError
 from vmchannel_host.admin.server import AdminLimits
 from vmchannel_host.admin.view import AdminEvent, ConfirmView
+from vmchannel_host.hot_plug import PlugOutcome
+from vmchannel_host.hypervisors import PlugProblem
 from vmchannel_host.journal.types import JournalError
 
 STEPS = [
@@ -95,6 +97,75 @@ async def test_a_word_that_was_not_taken_is_never_a_2xx(
     async with http.post("/v1/confirm-off", json={"vm": "vm2"}) as response:
         assert response.status >= 400
         assert (await response.json())["remedy"] != ""
+
+
+# ports plugged in and out
+@pytest.mark.parametrize(
+    ("path", "body", "order"),
+    [
+        ("attach", {"vm": "vm2"}, ("org.vmchannel.0", False, 20.0)),
+        ("attach", {"vm": "vm2", "port": "org.vmchannel.1", "timeout_s": 3}, ("org.vmchannel.1", False, 3.0)),
+        ("detach", {"vm": "vm2"}, ("org.vmchannel.0", False, 20.0)),
+        ("detach", {"vm": "vm2", "port": None, "force": True}, ("", True, 20.0)),
+    ],
+)
+async def test_an_attach_or_detach_reaches_the_view_with_who_ordered_it(
+    rig: AdminRig, http: aiohttp.ClientSession, path: str, body: object, order: tuple[str, bool, float]
+) -> None:
+    async with http.post(f"/v1/{path}", json=body) as response:
+        assert response.status == 200
+        told = await response.json()
+    assert (told["ok"], told["code"], told["ports"]) == (True, "done", ["org.vmchannel.0"])
+    [plug] = rig.view.plugs
+    assert (plug.attach, plug.vm, plug.operator) == (
+        path == "attach",
+        "vm2",
+        pwd.getpwuid(os.getuid()).pw_name,
+    )
+    assert (plug.port, plug.force, plug.timeout_s) == order
+
+
+@pytest.mark.parametrize("path", ["attach", "detach"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"vm": ""}',
+        '{"vm": "a", "port": ""}',
+        '{"vm": "a", "port": 1}',
+        '{"vm": "a", "timeout_s": 0}',
+        '{"vm": "a", "all": true}',
+        '{"vm": "a", "force": 1}',
+    ],
+)
+async def test_a_malformed_attach_or_detach_never_reaches_the_view(
+    rig: AdminRig, http: aiohttp.ClientSession, path: str, body: str
+) -> None:
+    async with http.post(f"/v1/{path}", data=body) as response:
+        assert response.status == 400
+    assert rig.view.plugs == []
+
+
+@pytest.mark.parametrize("body", ['{"vm": "a", "port": null}', '{"vm": "a", "force": true}'])
+async def test_only_a_detach_takes_every_port_or_uses_force(
+    rig: AdminRig, http: aiohttp.ClientSession, body: str
+) -> None:
+    async with http.post("/v1/attach", data=body) as response:
+        assert response.status == 400
+    assert rig.view.plugs == []
+
+
+@pytest.mark.parametrize("code", [*(one.value for one in PlugProblem), "unknown_plug", "ambiguous"])
+async def test_an_attach_that_failed_is_never_a_2xx_and_says_what_to_do(
+    rig: AdminRig, http: aiohttp.ClientSession, code: str
+) -> None:
+    rig.view.plugged["vm2"] = PlugOutcome(code, "because", "do this")
+    async with http.post("/v1/attach", json={"vm": "vm2"}) as response:
+        assert response.status >= 400
+        body = await response.json()
+    assert (body["ok"], body["code"], body["reason"], body["remedy"]) == (False, code, "because", "do this")
 
 
 # what is shown

@@ -39,6 +39,7 @@ from vmchannel_host.cli.console import Console
 from vmchannel_host.cli.main import run
 from vmchannel_host.cli.progress import ProgressLine
 from vmchannel_host.cli.table import display_width
+from vmchannel_host.hot_plug import PlugOutcome
 from vmchannel_host.journal.types import JournalError, VerifyResult
 
 
@@ -162,6 +163,9 @@ async def test_a_failed_operation_is_shown_as_failed_and_a_running_one_as_runnin
         ["verify-journal"],
         ["fence", "off", "vm2"],
         ["can", "vm1", "off", "node2"],
+        ["attach", "vm2"],
+        ["detach", "vm2"],
+        ["detach", "--all"],
     ],
 )
 async def test_every_command_prints_json(rig: AdminRig, words: list[str]) -> None:
@@ -511,3 +515,74 @@ async def test_a_word_that_is_not_taken_fails_with_its_reason(rig: AdminRig) -> 
     assert ran.code == 1
     assert ran.lines[0] == "NOT CONFIRMED (failed): not proven to have ended: pid 99"
     assert ran.lines[1].startswith("remedy: ")
+
+
+# ports plugged in and out
+async def test_an_attach_says_what_the_next_start_needs_in_one_line_to_copy(rig: AdminRig) -> None:
+    ran = await ctl(rig, "attach", "vm2", "--timeout", "3")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.lines[0] == "done: vm2: port org.vmchannel.0 attached"
+    assert ran.lines[-1] == "  -device virtserialport,name=org.vmchannel.0"
+    [order] = rig.view.plugs
+    assert (order.attach, order.vm, order.port, order.timeout_s) == (True, "vm2", "org.vmchannel.0", 3.0)
+
+
+async def test_a_detach_names_its_port_and_uses_force_when_told(rig: AdminRig) -> None:
+    assert (await ctl(rig, "detach", "vm2")).code == 0
+    assert (await ctl(rig, "detach", "vm2", "--port", "org.vmchannel.1", "--force")).code == 0
+    assert [(one.attach, one.port, one.force) for one in rig.view.plugs] == [
+        (False, "org.vmchannel.0", False),
+        (False, "org.vmchannel.1", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"), [("busy", 1), ("no_slot", 1), ("unknown_plug", 1), ("bad_request", 2)]
+)
+async def test_an_attach_that_failed_says_why_and_what_to_do(
+    rig: AdminRig, code: str, exit_code: int
+) -> None:
+    rig.view.plugged["vm2"] = PlugOutcome(code, "because of it", "do this")
+    ran = await ctl(rig, "attach", "vm2")
+    assert (ran.code, ran.out) == (exit_code, "")
+    assert ran.err == "vmchannelctl: because of it\nremedy: do this\n"
+
+
+@pytest.mark.parametrize("words", [[], ["vm2", "--all"], ["--all", "--force"], ["--all", "--port", "x"]])
+async def test_a_detach_is_of_one_vm_or_of_all(rig: AdminRig, words: list[str]) -> None:
+    assert (await ctl(rig, "detach", *words)).code == 2
+    assert rig.view.plugs == []
+
+
+async def test_detach_all_asks_every_vm_by_its_uuid_and_passes_by_what_attach_did_not_make(
+    rig: AdminRig,
+) -> None:
+    rig.view.plugged[UUID1] = PlugOutcome("not_running", "it does not run here")
+    ran = await ctl(rig, "detach", "--all")
+    assert [(one.vm, one.port, one.force) for one in rig.view.plugs] == [
+        (UUID1, "", False),
+        (UUID2, "", False),
+    ]
+    assert ran.code == 0
+    assert ran.lines[0] == "done: vm2: port org.vmchannel.0 attached", "as the view said"
+    assert "vm1" not in ran.out
+
+
+async def test_detach_all_goes_on_after_a_failure_and_ends_with_1(rig: AdminRig) -> None:
+    rig.view.plugged[UUID1] = PlugOutcome("busy", "busy op=7: the VM is being fenced", "wait for its end")
+    ran = await ctl(rig, "detach", "--all")
+    assert ran.code == 1
+    assert ran.lines[:2] == [
+        "FAILED (busy): vm1: busy op=7: the VM is being fenced",
+        "  remedy: wait for its end",
+    ]
+    assert len(rig.view.plugs) == 2
+    ran = await ctl(rig, "detach", "--all", "--json")
+    assert [one["code"] for one in json.loads(ran.out)] == ["busy", "done"]
+
+
+async def test_detach_all_says_so_when_there_is_nothing(rig: AdminRig) -> None:
+    for vm in (UUID1, UUID2):
+        rig.view.plugged[vm] = PlugOutcome("already", "no port was attached to it")
+    ran = await ctl(rig, "detach", "--all")
+    assert (ran.code, ran.lines) == (0, ["no VM has a port that was attached"])

@@ -23,6 +23,8 @@ from vmchannel_host.config.loading import load_config
 from vmchannel_host.doctor.facts import Program
 from vmchannel_host.doctor.machine import collect, lock_holder
 from vmchannel_host.doctor.unix_sockets import SocketTable, list_sockets, owners
+from vmchannel_host.hypervisors.process import HOST_PID_NAMESPACE
+from vmchannel_host.model import PidNamespace
 
 __all__ = ["shared_rig_dir"]
 
@@ -169,6 +171,16 @@ def test_directories_and_sockets_that_cannot_be_used_are_told(tmp_path: Path) ->
         "others may write in it (mode 0777)",
     ]
     assert [(one.path, one.problem) for one in facts.sockets] == [(str(fake), "it is no socket")]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "first"), [(HOST_PID_NAMESPACE, True), (PidNamespace(4026532178), False)]
+)
+def test_the_pid_namespace_is_the_daemons(tmp_path: Path, namespace: PidNamespace, first: bool) -> None:
+    config = tmp_path / "host.yaml"
+    config.write_text(f"hypervisors: [{{type: qmp, sockets: {tmp_path}/*/qmp.sock}}]")
+    facts = collect(load_config(config), daemon=None, timeout_s=0.0, pid_namespace=namespace)
+    assert facts.first_pid_namespace is first
 
 
 def test_who_holds_the_lock_of_a_journal_is_told_without_taking_it(tmp_path: Path) -> None:

@@ -30,7 +30,16 @@ from vmchannel_host.journal.types import (
     StoredAlias,
     StoredRequest,
 )
-from vmchannel_host.model import NO_NAMESPACE, IoState, Migration, OperationId, PidNamespace
+from vmchannel_host.model import (
+    NO_NAMESPACE,
+    EndCause,
+    InstanceEnded,
+    IoState,
+    Migration,
+    OperationId,
+    PidNamespace,
+)
+from vmchannel_host.registry.registry import VmRegistry
 
 LOOSE: list[tuple[Callable[[JournalRig], object], str]] = [
     (lambda rig: rig.key.chmod(0o640), "others may read the key"),
@@ -279,7 +288,9 @@ async def test_any_path_or_name_comes_back_the_same(rig: JournalRig, text: str) 
     assert (known.identity.executable, known.name) == ("/" + text, text)
 
 
-async def test_pruning_keeps_living_processes_and_the_last_of_each_vm(rig: JournalRig) -> None:
+async def test_pruning_removes_old_ends_of_a_vm_that_was_seen_to_live_since_and_nothing_else(
+    rig: JournalRig,
+) -> None:
     async with rig.opened() as journal:
         for pid, vm in ((1, VM1), (2, VM1), (3, VM2)):
             await journal.remember_instance(process(pid, vm), "", HOST)
@@ -288,10 +299,58 @@ async def test_pruning_keeps_living_processes_and_the_last_of_each_vm(rig: Journ
         rig.clock.now += 1000
         await journal.prune(1)
         assert [known.identity.pid for known in await journal.known_instances()] == [1, 2, 3]
+        await journal.remember_instance(process(4, VM1), "", HOST)
+        await journal.prune(1)
+        assert [known.identity.pid for known in await journal.known_instances()] == [1, 3, 4]
         await journal.remember_end(ended(process(1, VM1)))
         rig.clock.now += 1000
         await journal.prune(1)
-        assert [known.identity.pid for known in await journal.known_instances()] == [2, 3]
+        assert [known.identity.pid for known in await journal.known_instances()] == [1, 3, 4]
+
+
+UNRESOLVED = [
+    pytest.param(ended(process(), departed=True), id="departed"),
+    pytest.param(
+        replace(ended(process(), io=IoState.UNPROVEN), cause=EndCause.KILL), id="killed with writes under way"
+    ),
+]
+
+
+@pytest.mark.parametrize("end", UNRESOLVED)
+@pytest.mark.parametrize("started", [Migration.UNKNOWN, Migration.INCOMING, Migration.COMPLETED])
+async def test_s1_what_speaks_against_off_is_never_too_old_while_starts_fail(
+    rig: JournalRig, end: InstanceEnded, started: Migration
+) -> None:
+    async with rig.opened() as journal:
+        await journal.remember_instance(process(), "vm1", HOST)
+        await journal.remember_end(end)
+        rig.clock.now += 1
+        await journal.remember_instance(process(4712), "vm1", HOST, migration=started)
+        await journal.remember_end(ended(process(4712)))
+        rig.clock.now += 1000
+        await journal.prune(1)
+    async with rig.opened() as journal:
+        registry = VmRegistry(HOST, standalone=True)
+        registry.restore(await journal.known_instances())
+        assert end in registry.ended(VM1)
+        assert bool(registry.departed(VM1)) == end.departed
+
+
+async def test_a_clock_that_was_set_ahead_prunes_nothing_that_may_be_under_way(rig: JournalRig) -> None:
+    journal = await rig.open(boottime=lambda: 100.0)
+    try:
+        await journal.remember_request(b"\1" * 16, "vm", b"", OP1, deadline=160.0)
+        await journal.remember_request(b"\2" * 16, "vm", b"", OP2, deadline=99.0)
+        await journal.append("fence.intent", OP1, {})
+        await journal.append("fence.phase", OP1, {"phase": "starting"})
+        await journal.append("host.note", OperationId(""), {})
+        rig.clock.now += 1000 * 86400
+        await journal.prune(86400)
+        assert await journal.request(b"\1" * 16) is not None  # it could be carried out twice (S5)
+        assert await journal.request(b"\2" * 16) is None
+        assert len(await journal.operation(OP1)) == 2  # its start would be forgotten (S12)
+    finally:
+        await journal.close()
 
 
 # aliases

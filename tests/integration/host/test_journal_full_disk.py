@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.integration.host.journal_rig import HOST, JournalRig, ended, process
+from vmchannel_host.journal.file import connect
 from vmchannel_host.journal.journal import Journal
+from vmchannel_host.journal.room import Descriptors, Room
 from vmchannel_host.journal.types import JournalFull, JournalShort, VerifyResult
 from vmchannel_host.model import OperationId
 
@@ -196,3 +199,21 @@ async def test_offs_on_a_full_disk_survive_kill_9(rig: JournalRig, disk: Path) -
         await refused(journal)
         await off(journal, 1)
         assert (await journal.verify()).last_seq > stored
+
+
+async def test_what_the_next_opening_needs_is_made_whole_when_the_disk_had_no_room_for_it(
+    tmp_path: Path,
+) -> None:
+    rig = JournalRig(tmp_path / "state")
+    await rig.filled(1)
+    spare = rig.directory / "journal.db.spare"
+    descriptors = Descriptors(rig.path)
+    try:
+        with closing(connect(rig.path)) as connection:
+            connection.execute("SELECT count(*) FROM records").fetchone()
+            spare.touch(0o600)  # it could be made, but no block was left for it
+            room = Room(connection, rig.path, descriptors)
+            room.make()
+            assert (room.short, spare.stat().st_size) == ("", 65_536)
+    finally:
+        descriptors.close()

@@ -17,20 +17,23 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tests.fakes import qmp_server
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import EXECUTABLES, ProcessTable, read_boot_id, read_pid_namespace
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
 from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, ProcessIdentity, VmUuid
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 HOST = HostName("hv-test")
 FAKE = "qemu-system-scripted"
+_ACCEPTS = 1 << 16  # __SO_ACCEPTCON, among the flags of /proc/net/unix
 QUICK = Timings(connect_s=1.0, command_s=1.0, poll_s=5.0, last_retry_s=0.5)
 
 
@@ -154,17 +157,18 @@ class Rig:
 
 
 def _listens(path: Path) -> bool:
-    """Without connecting: that would take the monitor's one place."""
-    try:
-        return any(line.endswith(str(path)) for line in Path("/proc/net/unix").read_text().splitlines())
-    except OSError:
-        return False
+    """Without connecting: that would take the monitor's one place. A path that is only bound refuses."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        _, _, _, flags, _, _, _, *name = line.split(maxsplit=7)
+        if name == [str(path)] and int(flags, 16) & _ACCEPTS:
+            return True
+    return False
 
 
 class Host:
     """A hypervisor under test, with what it has reported."""
 
-    def __init__(self, hypervisor: QmpHypervisor) -> None:
+    def __init__(self, hypervisor: HostHypervisor) -> None:
         self.hypervisor = hypervisor
         self.seen: list[HypervisorEvent] = []
         self._changed = asyncio.Event()
@@ -260,12 +264,22 @@ def make_host(
     timings: Timings = QUICK,
     processes: ProcessTable | None = None,
 ) -> Host:
-    settings = QmpSettings(sockets=(str(directory / sockets),), scan_s=0.2, ask_s=1.0, timings=timings)
+    settings = QmpSettings(
+        sockets=(str(directory / sockets),),
+        ask_s=1.0,
+        timings=timings,
+    )
     processes = processes or ProcessTable(
         boot_id=read_boot_id(), pid_namespace=read_pid_namespace(), executables=executables
     )
     launcher = Launcher(start or {}, systemd=directory / "no-systemd", patience_s=1.0)
-    return Host(QmpHypervisor(settings, host=HOST, processes=processes, launcher=launcher, clock=boottime))
+    watch = ProcessWatch(processes, host=HOST, clock=boottime)
+    sources = (QmpSockets(settings, watch),)
+    return Host(
+        HostHypervisor(
+            watch, sources, (launcher,), host=HOST, clock=boottime, ports=str(directory / "ports"), scan_s=0.2
+        )
+    )
 
 
 async def command(monitor_path: Path, *commands: str) -> None:
@@ -293,6 +307,26 @@ async def migrate_away(monitor_path: Path, memory: Path) -> None:
     finally:
         await monitor.close()
     assert status == "completed", f"migration {status}"
+
+
+class SecondMonitor:
+    """A monitor of a QEMU that the daemon does not look for; the test asks it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "mine"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What QEMU is started with."""
+        return ("-qmp", f"unix:{self.path},server=on,wait=off")
+
+    async def ask(self, command_name: str, **arguments: object) -> Any:
+        """Give one command; gives its `return`."""
+        monitor = await Monitor.connect(str(self.path), timeout_s=20)
+        try:
+            return await monitor.execute(command_name, arguments or None, timeout_s=20)
+        finally:
+            await monitor.close()
 
 
 class HeldMonitor:

@@ -20,16 +20,10 @@ from tests.fakes.qmp_server import (
     truthful,
 )
 from tests.integration.hypervisors.qemu_rig import FAKE, Rig, boottime, of, watching
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorClosed, MonitorError, MonitorMute
 from vmchannel_host.hypervisors.process import EXECUTABLES
-from vmchannel_host.hypervisors.qmp_monitor import (
-    MAX_MESSAGE_BYTES,
-    MAX_UNANSWERED,
-    CommandRefused,
-    Monitor,
-    MonitorClosed,
-    MonitorError,
-    MonitorMute,
-)
+from vmchannel_host.hypervisors.qmp_client import MAX_MESSAGE_BYTES
+from vmchannel_host.hypervisors.qmp_monitor import MAX_UNANSWERED, Monitor
 from vmchannel_host.model import EndCause, EndProof, IoState, RunState
 
 UUID = "6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11"

@@ -81,10 +81,9 @@ def test_an_unlocked_image_cannot_be_proven(rig: Rig) -> None:
 def test_a_listening_port_with_a_client_is_no_storage(rig: Rig) -> None:
     port = f"socket,id=c,path={rig.directory}/c.sock,server=on,wait=off"
     qemu = rig.qemu("-vnc", "127.0.0.1:97", "-chardev", port)
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(f"{rig.directory}/c.sock")
-    assert look(qemu).nothing
-    client.close()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{rig.directory}/c.sock")
+        assert look(qemu).nothing
 
 
 def test_network_storage_on_the_command_line_cannot_be_proven() -> None:

@@ -21,6 +21,7 @@ from tests.integration.hypervisors.qemu_rig import (
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.follower import Timings
 from vmchannel_host.hypervisors.process import EXECUTABLES
+from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import EndCause, EndProof, IoState, Migration, Port, PortName, RunState
 
 
@@ -53,6 +54,23 @@ async def test_a_guest_that_opens_or_closes_a_port_without_an_id_is_noticed_thou
     async with watching(rig.directory, executables=(*EXECUTABLES, FAKE), timings=only_ports) as host:
         await host.until(qemu, lambda i: any(port.guest_open for port in i.ports))
         await host.until(qemu, lambda i: not any(port.guest_open for port in i.ports))
+
+
+async def test_a_port_that_somebody_else_plugs_in_is_found_though_qemu_is_silent(rig: Rig) -> None:
+    own = rig.directory / "own.sock"
+    qemu = rig.qemu(
+        *("-device", "virtio-serial", "-qmp", f"unix:{own},server=on,wait=off"),
+        *("-chardev", f"socket,id=c0,path={rig.directory}/port.sock,server=on,wait=off"),
+    )
+    async with watching(rig.directory, timings=Timings(poll_s=0.1)) as host:
+        assert not (await host.until(qemu, lambda i: i.run_state is RunState.RUNNING)).ports
+        monitor = await Monitor.connect(str(own), timeout_s=10)
+        try:
+            port = {"driver": "virtserialport", "chardev": "c0", "name": "org.vmchannel.0"}
+            await monitor.execute("device_add", port, timeout_s=10)
+            await host.until(qemu, lambda i: [port.name for port in i.ports] == ["org.vmchannel.0"])
+        finally:
+            await monitor.close()
 
 
 async def test_ports_are_looked_at_when_asked_for(rig: Rig) -> None:

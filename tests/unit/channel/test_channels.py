@@ -22,7 +22,6 @@ from fence_vmchannel.core.channel_state import (
     largest_message,
     message_cost,
 )
-from fence_vmchannel.core.channels import BULK_IN_FLIGHT, CONTROL_IN_FLIGHT
 from fence_vmchannel.core.connection import (
     FRAME_COST,
     MAX_FRAGMENT,
@@ -40,6 +39,7 @@ from fence_vmchannel.core.connection import (
     Role,
 )
 from fence_vmchannel.core.frames import END, Frame, FrameDecoder, FrameType, frames_only
+from fence_vmchannel.core.sending import BULK_IN_FLIGHT, CONTROL_IN_FLIGHT
 from fence_vmchannel.core.timers import Timers
 from fence_vmchannel.errors import (
     ChannelClosed,

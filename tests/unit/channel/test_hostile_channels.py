@@ -8,9 +8,10 @@ import tracemalloc
 
 import pytest
 
-from fence_vmchannel.core.channels import CONTROL_IN_FLIGHT, RESERVED_CHANNELS
+from fence_vmchannel.core.channels import RESERVED_CHANNELS
 from fence_vmchannel.core.connection import MAX_FRAGMENT, ChannelAccepted, Closed, Limits, Priority, Role
 from fence_vmchannel.core.frames import FrameType
+from fence_vmchannel.core.sending import CONTROL_IN_FLIGHT
 from fence_vmchannel.core.windows import RESERVED_BYTES
 from fence_vmchannel.errors import CloseCode, ServiceRefused
 from tests.fakes.raw_peer import RawPeer

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fence_vmchannel.core.channel_state import MIN_WINDOW, largest_message, message_cost
-from fence_vmchannel.core.channels import BULK_IN_FLIGHT
 from fence_vmchannel.core.events import Limits
+from fence_vmchannel.core.sending import BULK_IN_FLIGHT
 from fence_vmchannel.hub.hub import LOCAL_LIMITS
 from tests.fakes.relay_line import Line, Talk, data_frames
 

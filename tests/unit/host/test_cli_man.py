@@ -76,8 +76,8 @@ def keys(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from keys(branch)
 
 
-LATER = {"hosts", "host_fencing", "uri"}
-"""Keys of several hosts and of libvirt: known to the schema, refused by this version."""
+LATER = {"hosts", "host_fencing"}
+"""Keys of several hosts: known to the schema, refused by this version."""
 
 
 @pytest.mark.parametrize("key", sorted(set(keys(HOST_SCHEMA)) - LATER))

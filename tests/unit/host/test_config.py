@@ -137,8 +137,8 @@ paths: {{state: /srv/state, run: /srv/run}}
     }
     assert config.ports.limits_of(PortName("com.example.2")) == config.ports.limits
     assert config.ports.raw == ("org.qemu.guest_agent.0",)
-    assert [one.sockets for one in config.hypervisors] == [("/run/a/*.sock", "/run/b.sock"), ("/run/c.sock",)]
-    start = config.hypervisors[0].start
+    assert [one.sockets for one in config.qmp] == [("/run/a/*.sock", "/run/b.sock"), ("/run/c.sock",)]
+    start = config.qmp[0].start
     assert start == {"vm1": ("/usr/local/sbin/start-vm", "vm1", ""), VM1: ("/bin/start",)}
     off_on = frozenset({FenceAction.OFF, FenceAction.ON})
     assert config.policy.groups == {
@@ -274,11 +274,14 @@ def test_a_group_in_two_files_is_refused_with_both_places(files: Files) -> None:
             ["aliases.n", "the nil UUID is no identity"],
         ),
         (f"aliases: {{{VM1}: vm1}}", "1:11", ["a UUID names its own VM"]),
+        ("hypervisors: [{type: libvirt, uri: qemu:x, saves: /s}]", "1:36", ["this host's libvirt"]),
+        ("hypervisors: [{type: libvirt, uri: 'qemu:///session'}]", "1:15", ["the key 'saves' is missing"]),
         (
-            "hypervisors: [{type: libvirt, uri: 'qemu:///system'}]",
-            "1:22",
-            ["later release: remove this entry"],
+            "hypervisors: [{type: libvirt}, {type: libvirt}]",
+            "1:32",
+            ["'qemu:///system' stands there already"],
         ),
+        ("hypervisors: [{type: libvirt, sockets: /x}]", "1:31", ["unknown key", "uri or saves"]),
         ("hypervisors: [{type: xen}]", "1:22", ["found 'xen', expected qmp or libvirt"]),
         ("hypervisors: [{sockets: /x}]", "1:15", ["hypervisors[0]", "'type' is missing"]),
         ("hypervisors: [{type: qmp, uri: x}]", "1:27", ["unknown key 'uri'", "type, sockets or start"]),

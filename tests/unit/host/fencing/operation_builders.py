@@ -48,7 +48,6 @@ def intent(
     named: Iterable[Process] = (),
     hosts: tuple[HostName, ...] = (HV1,),
     recognised: bool = True,
-    doubtful: bool = False,
     resumed: Phase | None = None,
 ) -> Intent:
     """An intent of 40 s."""
@@ -67,7 +66,6 @@ def intent(
         tuple(named),
         recognised,
         b"",
-        doubtful,
         resumed,
     )
 
@@ -139,13 +137,23 @@ class Driven:
     """An operation with the clock and the bus beside it: what it publishes is delivered by `deliver`."""
 
     def __init__(
-        self, one: Intent, rules: Rules | None = None, start_pending: Iterable[OperationId] = ()
+        self,
+        one: Intent,
+        rules: Rules | None = None,
+        start_pending: Iterable[OperationId] = (),
+        *,
+        surveyed: bool = True,
     ) -> None:
+        """With `surveyed` an `off` has found what its intent names, and nothing else."""
         self.operation = Operation(one, rules or Rules(), start_pending)
         self.now = BEGIN
         self.round = 0
         self.published: Publish | None = None
         self.begun = self.apply(Begun())
+        if surveyed and one.action is FenceAction.OFF:
+            for host in one.hosts:
+                named = [process for process in one.named if process.host == host]
+                self.begun = self.apply(looked(self.round, host=host, unproven=named))
 
     def apply(self, event: Event, now: float | None = None) -> tuple[Command, ...]:
         """Feed it; remember the round of looks and the outcome that it asks for."""

@@ -82,8 +82,8 @@ class HazyHypervisor(FakeHypervisor):
         self.hazy_until = self.clock() + 8.0
         await super().start(vm, name, timeout_s=timeout_s)
 
-    async def look(self, *, timeout_s: float, vm: VmUuid | None = None) -> Look:
-        look = await super().look(timeout_s=timeout_s, vm=vm)
+    async def look(self, *, timeout_s: float, vm: VmUuid | None = None, monitors: bool = True) -> Look:
+        look = await super().look(timeout_s=timeout_s, vm=vm, monitors=monitors)
         if self.clock() >= self.hazy_until:
             return look
         hazy = tuple(replace(one, run_state=RunState.UNKNOWN) for one in look.instances)

@@ -204,7 +204,7 @@ async def test_different_vms_are_fenced_at_the_same_time() -> None:
         begun = now()
         answers = await asyncio.gather(world.ask(FenceAction.OFF, "vm2"), world.ask(FenceAction.OFF, "vm3"))
         assert all(one.ok for one in answers)
-        assert now() - begun < 2.5
+        assert now() - begun < 3.5  # two looks and an end
 
 
 @virtual_time

@@ -53,8 +53,8 @@ def destroyed(commands: tuple[object, ...]) -> list[int]:
 # off
 
 
-def test_s9_off_of_a_vm_in_doubt_looks_first_and_destroys_nothing_when_the_look_shows_the_doubt() -> None:
-    op = Driven(intent(named=(A, B), doubtful=True))
+def test_s9_off_looks_first_and_destroys_nothing_when_the_look_shows_a_doubt() -> None:
+    op = Driven(intent(named=(A, B)), surveyed=False)
     assert [type(one) for one in op.begun] == [TakeLook]
     (command,) = op.apply(
         looked(1, instance(A), unproven=(A, B), conflicts=("pid 7 (name 'vm1') has no -uuid",))
@@ -63,12 +63,37 @@ def test_s9_off_of_a_vm_in_doubt_looks_first_and_destroys_nothing_when_the_look_
     assert (command.outcome.ok, command.outcome.code) == (False, FenceCode.AMBIGUOUS)
 
 
-def test_s9_a_doubt_that_a_fresh_look_does_not_show_stops_no_off() -> None:
-    op = Driven(intent(named=(A,), doubtful=True))
-    assert destroyed(op.apply(looked(1, instance(A), instance(B), unproven=(A, B)))) == [100, 101]
+def test_off_destroys_all_that_its_first_look_finds_and_does_not_ask_what_it_does() -> None:
+    op = Driven(intent(named=(A,)), surveyed=False)
+    (survey,) = op.begun
+    assert isinstance(survey, TakeLook)
+    assert not survey.monitors
+    assert destroyed(op.apply(looked(1, instance(A), instance(B), silent="mute"))) == [100, 101]
+    (look,) = [op.apply(gone(one)) for one in (A, B)][-1]
+    assert isinstance(look, TakeLook)
+    assert look.monitors
 
 
-def test_off_destroys_what_it_knows_at_once_and_looks_after_the_last_proof() -> None:
+def test_a_first_look_that_finds_nothing_does_not_prove_an_off() -> None:
+    op = Driven(intent(), surveyed=False)
+    (command,) = op.look()
+    assert isinstance(command, TakeLook)
+    assert command.monitors
+    op.look()
+    assert op.published is not None
+    assert op.published.outcome.code is FenceCode.ALREADY
+
+
+def test_off_whose_first_look_fails_looks_again_and_at_last_fails_with_nothing_destroyed() -> None:
+    op = Driven(intent(named=(A,)), surveyed=False)
+    commands = op.begun
+    while not op.published:
+        assert [type(one) for one in commands] == [TakeLook]
+        commands = op.apply(FailureReport(OP, HV1, Part.LOOK, "no /proc", round=op.round))
+    assert (op.published.outcome.ok, op.published.outcome.code) == (False, FenceCode.FAILED)
+
+
+def test_off_destroys_what_it_knows_and_looks_after_the_last_proof() -> None:
     op = Driven(intent(named=(A, B)))
     assert destroyed(op.begun) == [100, 101]
     assert op.apply(gone(A)) == ()

@@ -84,11 +84,8 @@ class OperationMachine(RuleBasedStateMachine):
         named=st.sets(processes, max_size=2),
         recognised=flags,
         pending=rarely,
-        doubtful=rarely,
     )
-    def begin(
-        self, action: FenceAction, named: set[Process], recognised: bool, pending: bool, doubtful: bool
-    ) -> None:
+    def begin(self, action: FenceAction, named: set[Process], recognised: bool, pending: bool) -> None:
         self.action = action
         self.now = BEGIN
         self.clock = 0
@@ -97,7 +94,6 @@ class OperationMachine(RuleBasedStateMachine):
         self.seen: set[Process] = set(named)
         self.proofs: dict[Process, Proof] = {}  # those that count
         self.told: dict[Process, Proof] = {}  # all that was ever told of each end
-        self.doubtful = doubtful
         self.looks: dict[tuple[int, HostName], LookReport] = {}
         self.recognised = recognised
         self.pending = pending
@@ -106,7 +102,7 @@ class OperationMachine(RuleBasedStateMachine):
         self.destroyed: set[Process] = set()
         self.resets: list[Process] = []
         self.operation = Operation(
-            intent(action, named=sorted(named), hosts=HOSTS, recognised=recognised, doubtful=doubtful),
+            intent(action, named=sorted(named), hosts=HOSTS, recognised=recognised),
             Rules(),
             (OTHER_OP,) if pending else (),
         )
@@ -271,8 +267,8 @@ class OperationMachine(RuleBasedStateMachine):
         self.proofs[one] = Proof(at, told.departed, told.settled)
 
     def check_doubt(self) -> None:
-        """S9: on a doubt nothing is destroyed before every host has looked and none has shown it."""
-        if not self.doubtful or self.destroyed:
+        """S9: nothing is destroyed before every host has looked and none has shown a doubt."""
+        if self.destroyed or self.resets:
             return
         reports = [self.looks.get((self.round, host)) for host in HOSTS]
         assert all(report is not None and not report.conflict for report in reports), "destroyed on a doubt"
@@ -329,7 +325,9 @@ class OperationMachine(RuleBasedStateMachine):
 def test_writes_that_were_seen_to_settle_stay_settled_though_a_look_and_a_later_proof_contradict() -> None:
     machine = OperationMachine()
     one, other = PROCESSES[:2]
-    machine.begin(FenceAction.OFF, {one, other}, True, False, False)
+    machine.begin(FenceAction.OFF, {one, other}, True, False)
+    machine.take(looked(machine.round), set())
+    machine.take(looked(machine.round, host=HV2), set())
     machine.prove(one, False, False)
     machine.prove(other, False, False)
     machine.take(looked(machine.round, unproven=[one]), {one})

@@ -40,12 +40,14 @@ from vmchannel_host.fencing.evidence import (
 from vmchannel_host.fencing.ordered import FailureReport, Outcome, Part, Phase, Report, StartReport
 from vmchannel_host.fencing.schedule import REMEMBERED_S, Begin, Busy, Join, Schedule, TakeOver, Void
 from vmchannel_host.fencing.tasks import Tasks
+from vmchannel_host.journal.types import Json
 from vmchannel_host.model import EndCause, EndProof, IoState, OperationId, VmUuid
 
 A = process()
 ANOTHER_VM = VmUuid("0b2c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d22")
 UNWATCHED = ended(A, proof=EndProof.ABSENT, cause=EndCause.NONE, io=IoState.UNPROVEN)
 KILLED = ended(A, cause=EndCause.KILL, io=IoState.UNPROVEN)
+PROCESS_BODY = json.loads(json.dumps(codec.intent_body(intent(named=(A,)))))["named"][0]
 
 
 # evidence
@@ -213,6 +215,32 @@ def test_an_outcome_is_read_back_from_its_record() -> None:
     one = Outcome(OP, True, FenceCode.DONE, PowerState.OFF, "off", ("a line", "another"))
     body = json.loads(json.dumps(codec.outcome_body(one, intent(), 13)))
     assert codec.read_outcome(OP, body) == one
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("request_id", "0g"),
+        ("request_id", "abc"),
+        ("action", "explode"),
+        ("end", float("nan")),
+        ("end", float("inf")),
+        ("begun_at", 10**400),
+        ("named", [{**PROCESS_BODY, "pid": float("inf")}]),
+        ("named", [{**PROCESS_BODY, "start_time": 1.5}]),
+        ("named", ["a process"]),
+    ],
+)
+def test_a_record_that_holds_something_else_is_unreadable(key: str, value: Json) -> None:
+    body = {**codec.intent_body(intent(named=(A,))), key: value}
+    with pytest.raises(codec.Unreadable):
+        codec.read_intent(OP, body, Phase.BEGUN)
+
+
+def test_a_phase_of_another_version_is_unreadable() -> None:
+    assert codec.read_phase(Phase.STARTING.value) is Phase.STARTING
+    with pytest.raises(codec.Unreadable):
+        codec.read_phase("dreaming")
 
 
 @pytest.mark.parametrize("key", ["action", "vm", "end", "named", "boot_id", "hosts", "request_id"])

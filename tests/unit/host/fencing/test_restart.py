@@ -19,6 +19,7 @@ from tests.fakes.hypervisors import (
 )
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import ASKER, VM1, VM2, World, now, settled
+from vmchannel_host.fencing.coordinator import RESUME_LIMIT
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.hypervisors import BeforeKill, NotProven
@@ -332,6 +333,20 @@ async def test_s12_off_waits_for_a_start_that_was_in_flight_at_the_restart(opera
     assert (hypervisor.count("start"), hypervisor.count("off")) == (1, 1)
     assert not hypervisor.instances
     assert not unfinished(again.journal)
+
+
+@virtual_time
+async def test_s12_a_start_in_flight_is_not_forgotten_because_of_what_others_asked_since() -> None:
+    hypervisor = DetachedStartHypervisor(now)
+    world = await died_while_starting(hypervisor, within_s=20)
+    for number in range(3 * RESUME_LIMIT):
+        await world.journal.append("fence.refused", OperationId(f"flood-{number}"), {})
+    async with World(hypervisor, world.journal).running() as again:
+        answer = await again.ask(FenceAction.OFF)
+        assert (answer.ok, answer.state) == (True, PowerState.OFF)
+        await asyncio.sleep(60)
+    assert (hypervisor.count("start"), hypervisor.count("off")) == (1, 1)
+    assert not hypervisor.instances
 
 
 @virtual_time

@@ -130,3 +130,51 @@ def test_any_bytes_give_a_command_line(raw: bytes) -> None:
     command = parse_command_line(raw)
     command.name.encode()
     assert command.vm_uuid is None or len(command.vm_uuid) == 36
+
+
+KEY = "/var/lib/libvirt/qemu/domain-{}-vm1/master-key.aes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "domain_id"),
+    [
+        (
+            (
+                "-object",
+                '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"' + KEY.format(7) + '"}',
+            ),
+            7,
+        ),
+        (("-object", "secret,id=masterKey0,format=raw,file=" + KEY.format(12)), 12),
+        (
+            (
+                "-object",
+                '{"qom-type":"secret","id":"masterKey0","file":"/l/domain-3-a\\"b,c/master-key.aes"}',
+            ),
+            3,
+        ),
+        ((), None),
+        (("-drive", "file=" + KEY.format(1)), None),
+        (("-object", "secret,id=masterKey0,file=/l/domain-x-vm1/master-key.aes"), None),
+        (
+            (
+                *("-object", "secret,id=masterKey0,file=" + KEY.format(1)),
+                *("-object", "secret,id=masterKey0,file=" + KEY.format(2)),
+            ),
+            None,
+        ),
+    ],
+)
+def test_libvirts_number_of_the_execution_stands_in_the_path_of_its_key(
+    arguments: tuple[str, ...], domain_id: int | None
+) -> None:
+    words = ("qemu-system-x86_64", "-name", "guest=vm1", *arguments)
+    command = parse_command_line("\0".join(words).encode() + b"\0")
+    assert command.domain_id == domain_id
+    homes = ("/var/lib/libvirt/qemu", "/l", "")
+    assert command.libvirt_home in (homes[2:] if domain_id is None else homes[:2])
+
+
+def test_a_qemu_that_begins_by_receiving_memory_says_so() -> None:
+    assert parse_command_line(b"qemu-system-x86_64\0-incoming\0defer\0").incoming
+    assert not parse_command_line(b"qemu-system-x86_64\0-name\0incoming\0").incoming

@@ -16,7 +16,8 @@ from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import Endings
 from vmchannel_host.hypervisors.image_locks import look_at_storage
 from vmchannel_host.hypervisors.instances import InstanceTable
-from vmchannel_host.hypervisors.qmp_monitor import Monitor, MonitorClosed
+from vmchannel_host.hypervisors.monitors import MonitorClosed
+from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.model import EndCause, InstanceEnded, IoState
 
 

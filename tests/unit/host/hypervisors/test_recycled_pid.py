@@ -11,9 +11,10 @@ import pytest
 
 from tests.unit.host.hypervisors.test_process import BOOT, IDENTITY, OTHER, SPACE, UUID, Proc
 from vmchannel_host.hypervisors.detached import DetachedCalls
+from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.process import ProcessTable
-from vmchannel_host.hypervisors.qmp import QmpHypervisor, QmpSettings
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.scanner import Scanner
 from vmchannel_host.model import EndCause, EndProof, HostName, VmUuid
 
@@ -45,11 +46,10 @@ def table(proc: Proc, *, before_open: int, event: Callable[[], None]) -> Process
     return ProcessTable(boot_id=BOOT, pid_namespace=SPACE, proc=proc.root, pidfd_open=pidfd_open)
 
 
-def hypervisor(processes: ProcessTable) -> QmpHypervisor:
+def hypervisor(processes: ProcessTable) -> HostHypervisor:
     host = HostName("hv1")
-    return QmpHypervisor(
-        QmpSettings(), host=host, processes=processes, launcher=Launcher({}), clock=lambda: 0.0
-    )
+    watch = ProcessWatch(processes, host=host, clock=lambda: 0.0)
+    return HostHypervisor(watch, (), (Launcher({}),), host=host, clock=lambda: 0.0, ports="/nonexistent")
 
 
 @pytest.mark.parametrize("before_open", [1, 2])

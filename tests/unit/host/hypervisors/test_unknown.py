@@ -79,6 +79,18 @@ def test_where_its_sockets_are_unknown_nothing_is_excluded(vm: Watched) -> None:
     assert not_of(known, None) == frozenset()
 
 
+def test_s1_an_instance_whose_monitor_never_answered_may_be_migrating_to_it(
+    vm: Watched, processes: Processes
+) -> None:
+    known, mute = UnknownProcesses(), Watched(processes.make(identity()))
+    known.learn([HUNG], {mute: MONITOR})
+    assert not_of(known) == frozenset()
+    known.learn([HUNG], {vm: MONITOR})
+    assert not_of(known) == {UUID}
+    known.learn([HUNG], {mute: MONITOR})  # a later start of the VM
+    assert not_of(known) == frozenset()
+
+
 @pytest.mark.parametrize("migration", [Migration.OUTGOING, Migration.INCOMING, Migration.COMPLETED])
 def test_it_may_be_the_other_end_of_a_migration(vm: Watched, migration: Migration) -> None:
     known = UnknownProcesses()

@@ -8,8 +8,8 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fence_vmchannel.pace import Pace
 from tests.fakes.virtual_time import virtual_time
-from vmchannel_host.pace import Pace
 
 
 @given(st.lists(st.floats(0, 3), max_size=100), st.sampled_from([0.5, 10.0]), st.sampled_from([0.0, 2.0]))

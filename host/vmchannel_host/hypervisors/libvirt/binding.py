@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""libvirt-python behind `Link`. Its modules are imported when the first connection is opened."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Final, TypeVar, cast
+
+from vmchannel_host.hypervisors.libvirt.events import EventThread, event_thread
+from vmchannel_host.hypervisors.libvirt.link import (
+    Closed,
+    DomainChanged,
+    LibvirtError,
+    Lifecycle,
+    Link,
+    MonitorEvent,
+    NoSuchDomain,
+    Sink,
+)
+from vmchannel_host.hypervisors.libvirt.words import DomainRecord
+from vmchannel_host.model import VmUuid
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE: Final = (5, 3)
+"""Seconds between two keepalive messages, how many may be unanswered: a mute libvirtd is left after 20 s."""
+
+SETTLE_S: Final = 5.0
+
+T = TypeVar("T")
+
+
+def open_link(uri: str, sink: Sink) -> Link:
+    """Implements `OpenLink`."""
+    try:
+        thread = event_thread()
+        libvirt: Any = import_module("libvirt")
+        qemu: Any = import_module("libvirt_qemu")
+    except ImportError as error:
+        raise LibvirtError(f"{uri}: libvirt's Python module is missing: {error}") from error
+    libvirt.registerErrorHandler(_quiet, None)
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise LibvirtError(f"{uri}: {_reason(error)}") from error
+    link = _PythonLink(uri, libvirt, qemu, connection, thread)
+    try:
+        link.subscribe(sink)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+class _PythonLink:
+    """Implements `Link`."""
+
+    def __init__(self, uri: str, libvirt: Any, qemu: Any, connection: Any, thread: EventThread) -> None:
+        self._uri = uri
+        self._libvirt = libvirt
+        self._qemu = qemu
+        self._connection = connection
+        self._thread = thread
+        self._callbacks: list[int] = []
+        self._monitor_callback: int | None = None
+
+    def subscribe(self, sink: Sink) -> None:
+        """Have all events given to `sink`."""
+        library, connection = self._libvirt, self._connection
+
+        def lifecycle(_: object, domain: Any, event: int, detail: int, __: object) -> None:
+            sink(Lifecycle(_uuid(domain), domain.ID(), event, detail))
+
+        def changed(_: object, domain: Any, *__: object) -> None:
+            sink(DomainChanged(_uuid(domain)))
+
+        def monitor(
+            _: object, domain: Any, event: str, seconds: int, micros: int, text: str | None, __: object
+        ) -> None:
+            sink(MonitorEvent(_uuid(domain), domain.ID(), event, _data(text), seconds + micros / 1e6))
+
+        def closed(_: object, reason: int, __: object) -> None:
+            sink(Closed(f"{self._uri}: the connection has ended ({_CLOSE_REASONS.get(reason, reason)})"))
+
+        def register() -> None:
+            connection.registerCloseCallback(closed, None)
+            for event, handler in (
+                (library.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+                (library.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, changed),
+                (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, changed),
+            ):
+                self._callbacks.append(connection.domainEventRegisterAny(None, event, handler, None))
+            self._monitor_callback = self._qemu.qemuMonitorEventRegister(
+                connection, None, None, monitor, None
+            )
+            connection.setKeepAlive(*KEEPALIVE)
+
+        self._call(register)
+
+    def domains(self) -> Sequence[DomainRecord]:
+        saved = {_uuid(one) for one in self._list(self._libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)}
+        auto = {_uuid(one) for one in self._list(self._libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART)}
+        found: list[DomainRecord] = []
+        for domain in self._list(0):
+            try:
+                found.append(self._record(domain, _uuid(domain) in saved, _uuid(domain) in auto))
+            except NoSuchDomain:
+                continue  # it ended, or was undefined, meanwhile
+        return found
+
+    def domain(self, vm: VmUuid) -> DomainRecord:
+        domain = self._lookup(vm)
+
+        def flags() -> tuple[bool, bool]:
+            return bool(domain.hasManagedSaveImage()), bool(domain.autostart())
+
+        try:
+            saved, auto = self._call(flags)
+        except NoSuchDomain:
+            raise
+        except LibvirtError:  # a transient domain has neither
+            saved, auto = False, False
+        return self._record(domain, saved, auto)
+
+    def xml(self, vm: VmUuid) -> str:
+        domain = self._lookup(vm)
+        return cast(str, self._call(domain.XMLDesc))
+
+    def probe(self, vm: VmUuid) -> int | None:
+        domain = self._lookup(vm)
+        wanted = (
+            self._libvirt.VIR_DOMAIN_STATS_IOTHREAD
+        )  # asks QEMU, whether the domain has such threads or not
+        self._call(lambda: self._connection.domainListGetStats([domain], wanted, 0))
+        job = self._call(domain.jobStats)
+        if not job.get("type"):
+            return None
+        return int(job.get("operation", 0))
+
+    def settle(self) -> None:
+        # libvirtd hands out events in its main loop, which also reads requests. An event that it had before
+        # the first of these is on its way to us before it reads the third, so before that one's answer.
+        for _ in range(3):
+            self._call(self._connection.numOfDomains)
+        try:
+            self._thread.settle(timeout_s=SETTLE_S)
+        except TimeoutError as error:
+            raise LibvirtError(f"{self._uri}: its events are not delivered") from error
+
+    def remove_managed_save(self, vm: VmUuid) -> bool:
+        domain = self._lookup(vm)
+        if not self._call(domain.hasManagedSaveImage):
+            return False
+        self._call(domain.managedSaveRemove)
+        return True
+
+    def create(self, vm: VmUuid) -> None:
+        domain = self._lookup(vm)
+        # S0: whatever was saved meanwhile is not continued.
+        self._call(lambda: domain.createWithFlags(self._libvirt.VIR_DOMAIN_START_FORCE_BOOT))
+
+    def reset(self, vm: VmUuid) -> None:
+        self._call(self._lookup(vm).reset)
+
+    def close(self) -> None:
+        connection = self._connection
+
+        def deregister() -> None:
+            connection.unregisterCloseCallback()
+            for callback in self._callbacks:
+                connection.domainEventDeregisterAny(callback)
+            if self._monitor_callback is not None:
+                self._qemu.qemuMonitorEventDeregister(connection, self._monitor_callback)
+
+        for step in (deregister, connection.close):
+            try:
+                self._call(step)
+            except LibvirtError as error:
+                log.debug("closing: %s", error)
+
+    def _list(self, flags: int) -> list[Any]:
+        return cast("list[Any]", self._call(lambda: self._connection.listAllDomains(flags)))
+
+    def _lookup(self, vm: VmUuid) -> Any:
+        return self._call(lambda: self._connection.lookupByUUIDString(vm))
+
+    def _record(self, domain: Any, saved: bool, auto: bool) -> DomainRecord:
+        state, reason = self._call(domain.state)
+        return DomainRecord(_uuid(domain), str(domain.name()), domain.ID(), state, reason, saved, auto)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except self._libvirt.libvirtError as error:
+            kind = NoSuchDomain if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN else LibvirtError
+            raise kind(f"{self._uri}: {_reason(error)}") from error
+        except UnicodeDecodeError as error:
+            raise LibvirtError(f"{self._uri}: it answers with text that is no UTF-8") from error
+
+
+_CLOSE_REASONS: Final = {0: "error", 1: "end of file", 2: "no answer", 3: "closed"}  # virConnectCloseReason
+
+
+def _uuid(domain: Any) -> VmUuid:
+    return VmUuid(str(domain.UUIDString()).lower())
+
+
+def _data(text: str | None) -> dict[str, object]:
+    try:
+        value: object = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip()[:300] or type(error).__name__
+
+
+def _quiet(_context: object, _error: object) -> None:
+    """libvirt prints every error otherwise; they are raised as well."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What of the daemon touches the machine, and the hypervisor made of it. Tests compose other parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fence_vmchannel.hub.hub import boot_clock
+from vmchannel_host.config.model import HostConfig
+from vmchannel_host.hypervisors import Hypervisor
+from vmchannel_host.hypervisors.host import HostHypervisor
+from vmchannel_host.hypervisors.launch import Launcher
+from vmchannel_host.hypervisors.libvirt.binding import open_link
+from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
+from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
+from vmchannel_host.hypervisors.process import (
+    HOST_PID_NAMESPACE,
+    ProcessTable,
+    read_boot_id,
+    read_pid_namespace,
+)
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
+from vmchannel_host.hypervisors.source import Source, Starter
+from vmchannel_host.model import PidNamespace
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What touches the machine. Tests compose others; no key of the configuration and no option does."""
+
+    processes: ProcessTable
+    peers: ChardevPeers
+    clock: Callable[[], float] = boot_clock  # CLOCK_BOOTTIME, seconds
+    wall_clock: Callable[[], float] = time.time
+    random_bytes: Callable[[int], bytes] = os.urandom
+    open_libvirt: OpenLink = open_link
+
+
+def real_parts() -> Parts:
+    """This machine."""
+    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
+    return Parts(processes=processes, peers=QemuPeers(processes))
+
+
+def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+    """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
+    watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
+    globs = tuple(glob for one in config.qmp for glob in one.sockets)
+    libvirts = tuple(
+        LibvirtSource(
+            LibvirtSettings(one.uri, one.saves), watch, parts.open_libvirt, wall_clock=parts.wall_clock
+        )
+        for one in config.libvirt
+    )
+    sources: tuple[Source, ...] = (QmpSockets(QmpSettings(sockets=globs), watch), *libvirts)
+    starters: tuple[Starter, ...] = (launcher, *libvirts)
+    return HostHypervisor(
+        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+    )
+
+
+def warn_of_namespace(own: PidNamespace) -> None:
+    """A container in which the VMs run too is a place to try things; on a host it hides the VMs."""
+    if own != HOST_PID_NAMESPACE:
+        _log.error(
+            "this daemon runs in pid namespace %d, not in the host's: it sees and fences only VMs whose "
+            "processes run in it. On a host that runs VMs, run it in the host's pid namespace",
+            own,
+        )
