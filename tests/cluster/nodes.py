@@ -15,7 +15,7 @@ from tests.rig.kernel import RigError
 from tests.rig.vm import Vm
 from tests.system.site import Site
 
-ONLINE_S = 300
+ONLINE_S = 600
 """From power-on to both nodes in the cluster; 45 s on a quiet machine."""
 
 DEVICE = "vmfence"
@@ -114,7 +114,7 @@ class Cluster:
         await self.until(both, "cluster of two nodes", ONLINE_S)
 
     async def until(
-        self, condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 240
+        self, condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 400
     ) -> None:
         """Wait until something is so; a node that does not answer yet counts as no.
 
