@@ -2,7 +2,7 @@
 # `make` alone explains itself. Each target installs what it needs first (as root, on Debian 12).
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps demo test test-cluster check format diagrams bench test-all clean
+.PHONY: help deps demo test test-cluster check format diagrams bench test-all deb clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -48,6 +48,9 @@ bench: deps ## measure; figures with the machine they were measured on
 
 test-all: check ## the checks, every test with its full count, fuzzing; goes on where it stopped (ARGS="soak" narrows)
 	$(BIN)/python -m tests.verification $(ARGS)
+
+deb:       ## build the Debian packages into dist/
+	@tools/build-deb dist
 
 clean:     ## remove what was built, cached or installed here
 	rm -rf .venv .cache build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis \

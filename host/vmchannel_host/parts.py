@@ -25,7 +25,6 @@ from vmchannel_host.hypervisors.process import (
     read_pid_namespace,
 )
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
 from vmchannel_host.hypervisors.source import Source, Starter
 from vmchannel_host.model import PidNamespace
 
@@ -53,18 +52,27 @@ def real_parts() -> Parts:
 def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
     """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
     watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
-    globs = tuple(glob for one in config.qmp for glob in one.sockets)
     libvirts = tuple(
         LibvirtSource(
             LibvirtSettings(one.uri, one.saves), watch, parts.open_libvirt, wall_clock=parts.wall_clock
         )
         for one in config.libvirt
     )
-    sources: tuple[Source, ...] = (QmpSockets(QmpSettings(sockets=globs), watch), *libvirts)
+    sources: tuple[Source, ...] = (*_qmp_sockets(config, watch), *libvirts)
     starters: tuple[Starter, ...] = (launcher, *libvirts)
     return HostHypervisor(
         watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
     )
+
+
+def _qmp_sockets(config: HostConfig, watch: ProcessWatch) -> tuple[Source, ...]:
+    """Nothing is imported where there is no bare QEMU: the QMP library may be missing there."""
+    if not config.qmp:
+        return ()
+    from vmchannel_host.hypervisors.qmp import QmpSettings, QmpSockets
+
+    globs = tuple(glob for one in config.qmp for glob in one.sockets)
+    return (QmpSockets(QmpSettings(sockets=globs), watch),)
 
 
 def warn_of_namespace(own: PidNamespace) -> None:

@@ -18,6 +18,11 @@ from vmchannel_host.config.yaml_text import Document, Path, Position, Value
 
 LATER = "comes with a later release"
 
+NO_QMP = (
+    "qmp needs Python's module qemu.qmp, which is not installed: `apt install python3-qemu-qmp`, "
+    "or where there is no such package (Debian 12 and 13) as vmchanneld(8) says under BARE QEMU"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ReadFile:
@@ -96,10 +101,14 @@ def _vm_text(member: Value) -> str:
 
 
 def _hypervisors(tree: Value) -> Iterator[Violation]:
+    if at(tree, "hypervisors") is None and not _is_installed("qemu.qmp"):
+        yield Violation(("hypervisors",), False, f"the default, {NO_QMP}")
     seen: set[str] = set()
     for index, entry in enumerate(as_list(at(tree, "hypervisors"))):
         path: Path = ("hypervisors", index)
         yield from _libvirt(entry, path, seen)
+        if at(entry, "type") == "qmp" and not _is_installed("qemu.qmp"):
+            yield Violation((*path, "type"), False, NO_QMP)
         for vm, argv in as_mapping(at(entry, "start")).items():
             program = next(iter(as_list(argv)), None)
             if isinstance(program, str) and not program.startswith("/"):
@@ -118,9 +127,16 @@ def _libvirt(entry: Value, path: Path, seen: set[str]) -> Iterator[Violation]:
     if uri != LibvirtConfig().uri and at(entry, "saves") is None:
         message = "the key 'saves' is missing: where managed saves are is known of qemu:///system only"
         yield Violation(path, False, message)
-    # The one look at the machine here: without the module such an entry can never work.
-    if importlib.util.find_spec("libvirt") is None:
+    if not _is_installed("libvirt"):
         yield Violation((*path, "type"), False, "libvirt's Python module is not installed (python3-libvirt)")
+
+
+def _is_installed(module: str) -> bool:
+    """The one look at the machine here: without its module an entry can never work. It is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def _cluster(tree: Value) -> Iterator[Violation]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.model import Migration, RunState
@@ -87,4 +89,42 @@ class InstanceMonitor(Protocol):
             MonitorError: no proof; it may be done nevertheless.
             TimeoutError: the same.
         """
+        ...
+
+
+class Tap(Protocol):
+    """The events of one name, from some moment on."""
+
+    async def wait_for(self, wanted: Callable[[Mapping[str, object]], bool]) -> None:
+        """Wait for the first of which `wanted` says so, from its data."""
+        ...
+
+
+@runtime_checkable
+class QmpSession(InstanceMonitor, Protocol):
+    """A monitor through which any command can be given: ports are plugged by it.
+
+    Known by its methods, not by its class: on a host without bare QEMU the QMP library may be missing.
+    """
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float
+    ) -> object:
+        """Send a command and wait at most `timeout_s` seconds for its reply.
+
+        Raises:
+            CommandRefused: QEMU answered with an error.
+            MonitorError: no reply. The command may still be carried out, at any time.
+        """
+        ...
+
+    async def give_fd(self, name: str, fd: int, *, timeout_s: float) -> None:
+        """Hand QEMU a copy of a file descriptor, under a name that a command can use once.
+
+        Raises: as `execute`.
+        """
+        ...
+
+    def tap(self, name: str) -> AbstractContextManager[Tap]:
+        """Collect the events of that name that arrive from now on."""
         ...

@@ -21,7 +21,7 @@ from typing import Final
 
 from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute
+from vmchannel_host.hypervisors.monitors import CommandRefused, MonitorMute, QmpSession
 from vmchannel_host.hypervisors.plug_words import (
     CONTROLLER_ID,
     MAX_PATH,
@@ -34,7 +34,6 @@ from vmchannel_host.hypervisors.plug_words import (
     start_arguments,
 )
 from vmchannel_host.hypervisors.qemu_ports import Qemu, SerialPort
-from vmchannel_host.hypervisors.qmp_monitor import Monitor, read_run_state
 from vmchannel_host.hypervisors.qmp_state import NAMED, Device
 from vmchannel_host.model import Migration, PortName, ProcessIdentity, RunState, VmUuid
 
@@ -109,7 +108,7 @@ class Plugging:
         if watched.monitor is None or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
-        if not isinstance(watched.monitor, Monitor):
+        if not isinstance(watched.monitor, QmpSession):
             reason = f"{watched.monitor.path} runs it, and plugging through libvirt is not supported yet"
             raise PlugError(PlugProblem.UNSUPPORTED, reason, "use `virsh attach-device` or `detach-device`")
         qemu = Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
@@ -198,7 +197,7 @@ class Plugging:
 
 
 async def _check_state(qemu: Qemu) -> None:
-    run_state, migration = await read_run_state(qemu.monitor, timeout_s=qemu.left_s)
+    run_state, migration = await qemu.monitor.run_state(timeout_s=qemu.left_s)
     if migration is not Migration.NONE or run_state in _MOVING:
         reason = (
             f"it migrates, or is saved or restored (state {run_state.value}, migration {migration.value})"

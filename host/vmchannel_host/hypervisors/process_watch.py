@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine
 
 from vmchannel_host.hypervisors import HypervisorError, NotProven
@@ -16,7 +17,6 @@ from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import Endings
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
 from vmchannel_host.hypervisors.process import Candidate, ProcessGone, ProcessTable, VerifiedProcess
-from vmchannel_host.hypervisors.qmp_monitor import working_directory
 from vmchannel_host.hypervisors.scanner import IDENTIFY_S, Scan, Scanner
 from vmchannel_host.hypervisors.unknown import UnknownProcesses
 from vmchannel_host.model import HostName, ProcessIdentity, UnknownProcess
@@ -136,7 +136,7 @@ class ProcessWatch:
 
     def directory(self, pid: int) -> str:
         """The directory where a process's relative paths start."""
-        return working_directory(self.processes.proc, pid)
+        return _working_directory(self.processes.proc, pid)
 
     async def _open(self, identity: ProcessIdentity, timeout_s: float) -> Watched:
         if self.processes.absence(identity) is not None:
@@ -174,3 +174,11 @@ class ProcessWatch:
                 if watched.process.key not in scan.lost and not watched.process.ended():
                     alive[watched] = watched.sockets(self.directory)
         self._unknown.learn(scan.unknown, alive)
+
+
+def _working_directory(proc: os.PathLike[str], pid: int) -> str:
+    """The directory where a process's relative paths start; "/" when it cannot be read."""
+    try:
+        return os.readlink(os.path.join(proc, str(pid), "cwd"))
+    except OSError:
+        return "/"

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vmchannel_host.hypervisors.monitors import CommandRefused
+from vmchannel_host.hypervisors.monitors import CommandRefused, QmpSession
 from vmchannel_host.hypervisors.plug_words import backend_of, parse_buses
-from vmchannel_host.hypervisors.qmp_monitor import Monitor
 from vmchannel_host.hypervisors.qmp_state import (
     NAMED,
     UNNAMED,
@@ -34,7 +33,7 @@ class SerialPort:
 class Qemu:
     """A monitor, and the time that is left for all that is asked of it."""
 
-    def __init__(self, monitor: Monitor, timeout_s: float, directory: str) -> None:
+    def __init__(self, monitor: QmpSession, timeout_s: float, directory: str) -> None:
         """
         Args:
             monitor: of the QEMU.

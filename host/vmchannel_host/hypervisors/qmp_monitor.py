@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 import struct
 from collections.abc import Generator, Mapping
@@ -319,11 +318,3 @@ def _peer_pid(sock: socket.socket) -> int:
     """The pid of whoever called listen(); 0 when that process is outside this pid namespace."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[0])
-
-
-def working_directory(proc: os.PathLike[str], pid: int) -> str:
-    """The directory where a process's relative paths start; "/" when it cannot be read."""
-    try:
-        return os.readlink(os.path.join(proc, str(pid), "cwd"))
-    except OSError:
-        return "/"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -93,6 +95,70 @@ def test_a_file_without_a_fault_exits_with_0(tmp_path: Path, capsys: pytest.Capt
     path.write_text("host: hv1\n")
     assert main(["--check-config", str(path)]) == 0
     assert "no problem found" in capsys.readouterr().out
+
+
+WITHOUT_QMP = """
+import sys
+sys.modules["qemu"] = sys.modules["qemu.qmp"] = None  # what importing them meets where they are not installed
+from vmchannel_host.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["--config", "--check-config"])
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("hypervisors:\n  - type: qmp\n", "host.yaml:2:11: hypervisors[0].type: "),
+        ("host: hv1\n", "host.yaml:1:1: hypervisors: the default, "),
+    ],
+)
+def test_bare_qemu_without_its_module_is_one_line_with_the_remedy(
+    tmp_path: Path, how: str, text: str, place: str
+) -> None:
+    path = tmp_path / "host.yaml"
+    path.write_text(text)
+    done = _run(WITHOUT_QMP, how, str(path))
+    assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{tmp_path}/{place}")
+    assert "python3-qemu-qmp" in line
+    assert "vmchanneld(8)" in line
+
+
+def test_a_host_without_bare_qemu_is_not_asked_for_its_module(tmp_path: Path) -> None:
+    path = tmp_path / "host.yaml"
+    path.write_text("host: hv1\nhypervisors: []\n")
+    done = _run(WITHOUT_QMP, "--check-config", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_daemon_for_libvirt_alone_is_built_without_the_library_of_qmp() -> None:
+    built = """
+import sys
+sys.modules["qemu"] = sys.modules["qemu.qmp"] = None
+from vmchannel_host.config.model import HostConfig, LibvirtConfig, QmpConfig
+from vmchannel_host.model import HostName
+from vmchannel_host.daemon import build
+build(HostConfig(host=HostName("hv1"), hypervisors=(LibvirtConfig(),)))
+try:
+    build(HostConfig(host=HostName("hv1"), hypervisors=(QmpConfig(),)))
+except ImportError:
+    print("only QMP asks for it")
+"""
+    done = _run(built)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "only QMP asks for it\n", "")
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    roots = [str(Path(__file__).parents[3] / folder) for folder in (".", "host")]
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[0:0] = {roots!r}\n{program}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 class _Running:
