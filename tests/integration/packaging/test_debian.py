@@ -162,7 +162,7 @@ def test_a_package_holds_its_modules_commands_units_and_pages(debs: Mapping[str,
     modules = {
         f"{LIBRARY}/{path.relative_to(source.parent)}"
         for path in source.rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert {path for path in inside if path.startswith(LIBRARY) and not path.endswith("/")} == modules
     assert FILES[part] - set(inside) == set()
