@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 
@@ -42,3 +44,18 @@ def _out_of_time(_: int, __: FrameType | None) -> None:
 
 def _terminated(_: int, __: FrameType | None) -> None:
     raise Terminated("terminated by a signal before the host answered")
+
+
+def process_age_s() -> float:
+    """Seconds since this process began: a caller's deadline runs from there. 0 if that cannot be read."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            return age_s(file.read(), time.clock_gettime(time.CLOCK_BOOTTIME), os.sysconf("SC_CLK_TCK"))
+    except OSError:
+        return 0.0
+
+
+def age_s(stat: str, now_s: float, ticks: int) -> float:
+    """The age that `/proc/PID/stat` tells, at `now_s` on CLOCK_BOOTTIME. See proc(5), field 22."""
+    started = int(stat.rpartition(")")[2].split()[19])
+    return max(0.0, now_s - started / ticks)

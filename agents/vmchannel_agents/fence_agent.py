@@ -18,7 +18,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from vmchannel_agents.alarm import Alarm, OutOfTime, Terminated
+from vmchannel_agents.alarm import Alarm, OutOfTime, Terminated, process_age_s
 from vmchannel_agents.library import (
     DOCS,
     FENCE_LIBRARY,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MONITOR_S: Final = 18
 """Pacemaker gives a monitor, and the start of a fence device, 20 s: our reason must come before that."""
+
+_SHORTEST_MONITOR_S: Final = 2.0
 
 _GRACE_S: Final = 2.0
 """After the deadline, before the whole process is given up."""
@@ -85,9 +87,9 @@ def _run(library: FenceLibrary) -> int:
     if action == "validate-all":
         return EC_OK
     library.run_delay(options)
-    timeout_s = int(options["--timeout"])
-    if action == "monitor":
-        timeout_s = min(timeout_s, MONITOR_S)
+    timeout_s = float(options["--timeout"])
+    if action == "monitor":  # on a slow node the start of Python alone takes seconds of Pacemaker's twenty
+        timeout_s = min(timeout_s, max(_SHORTEST_MONITOR_S, MONITOR_S - process_age_s()))
     with Alarm(timeout_s + _GRACE_S), _requests(options, timeout_s, patient=action == "monitor") as requests:
         if action in _DESTRUCTIVE:
             _carry_out(requests, action, plugs)
@@ -139,7 +141,7 @@ def _check_options(options: Options) -> list[str]:
     return list(dict.fromkeys(plugs))
 
 
-def _requests(options: Options, timeout_s: int, *, patient: bool) -> Requests:
+def _requests(options: Options, timeout_s: float, *, patient: bool) -> Requests:
     # imported late: metadata, help and validate-all need no client
     from vmchannel_agents.requests import Requests
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from fence_vmchannel.messages import FenceAction
 from vmchannel_host.fencing.coordinator import RunningOperation
-from vmchannel_host.hypervisors import HypervisorError, PlugError, Plugged, PlugProblem
+from vmchannel_host.hypervisors import Definitions, HypervisorError, PlugError, Plugged, PlugProblem
 from vmchannel_host.journal.types import JournalError, Json
 from vmchannel_host.model import OperationId, PortName, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 class Plugs(Protocol):
     """What plugs: the hypervisor."""
+
+    def definitions(self) -> Definitions: ...
 
     async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged: ...
 
@@ -49,7 +51,7 @@ class PlugOrder:
     vm: str  # UUID, name or alias
     port: str  # a port's name; "" (detach only): every port that was attached
     timeout_s: float
-    force: bool = False  # detach: also a port that the VM was started with
+    force: bool = False  # detach: also a port that the VM was started or defined with
     operator: str = ""  # who asks
 
 
@@ -97,14 +99,20 @@ class HotPlug:
         self._prefix = prefix
         self._busy: set[VmUuid] = set()
 
+    def definitions(self) -> Definitions:
+        """The VMs that are defined here, running or not."""
+        return self._plugs.definitions()
+
     async def carry_out(self, order: PlugOrder) -> PlugOutcome:
         """Attach or detach; answers within the order's time and 2 s. Never raises for a failure."""
+        defined = self._plugs.definitions()
         found = self._policy().resolve(
-            None, FenceAction.STATUS, order.vm, vms=self._directory(), names=self._names
+            None, FenceAction.STATUS, order.vm, vms=_with(defined, self._directory()), names=self._names
         )
         if isinstance(found, Refused):
             remedy = "see `vmchannelctl vms`, and name it by its UUID if need be"
-            return PlugOutcome(found.code.name.lower(), found.reason, remedy)
+            reason = "; ".join((found.reason, *defined.problems))
+            return PlugOutcome(found.code.name.lower(), reason, remedy)
         vm = found.vm_uuid
         refused = self._refusal(vm, order)
         if refused is not None:
@@ -159,6 +167,12 @@ class HotPlug:
         except JournalError as error:
             return (f"it is not in the journal: {error}",)
         return ()
+
+
+def _with(defined: Definitions, known: VmDirectory) -> VmDirectory:
+    """The VMs that are known, and those that are only defined: these can be plugged into, too."""
+    vms = known.vms() | defined.names.keys()
+    return VmDirectory({vm: {*known.names(vm), defined.names.get(vm, "")} for vm in vms})
 
 
 def _reason(order: PlugOrder, done: Plugged) -> str:

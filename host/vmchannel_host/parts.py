@@ -16,6 +16,8 @@ from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.libvirt.binding import open_link
 from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.plug_words import channel_directory
+from vmchannel_host.hypervisors.libvirt.plugging import LibvirtPlugging
 from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.peer import ChardevPeers, QemuPeers
 from vmchannel_host.hypervisors.process import (
@@ -61,7 +63,16 @@ def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hyp
     sources: tuple[Source, ...] = (*_qmp_sockets(config, watch), *libvirts)
     starters: tuple[Starter, ...] = (launcher, *libvirts)
     return HostHypervisor(
-        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+        watch,
+        sources,
+        starters,
+        host=config.host,
+        clock=parts.clock,
+        ports=str(config.paths.run / "ports"),
+        definers=tuple(
+            LibvirtPlugging(source, str(channel_directory(one.saves)))
+            for one, source in zip(config.libvirt, libvirts, strict=True)
+        ),
     )
 
 

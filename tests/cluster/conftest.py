@@ -36,7 +36,7 @@ async def cluster(site: Site, attach: Attach) -> AsyncIterator[Cluster]:
     cluster = Cluster(site, *[await attach(vm) for vm in site.vms])
     await cluster.until_online()
     await site.until_connected(*site.vms)
-    if DEVICE not in await cluster.pcs("stonith", "config"):
+    if not await cluster.configured(f"//primitive[@id='{DEVICE}']"):
         await cluster.pcs("stonith", "create", DEVICE, "fence_vmchannel")
 
     async def device_runs() -> bool:

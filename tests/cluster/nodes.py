@@ -6,60 +6,26 @@ from __future__ import annotations
 import asyncio
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from tests.rig.cpio import Entry, regular
+from tests.rig.cluster_files import cluster_files
 from tests.rig.guest import Completed, Guest
 from tests.rig.kernel import RigError
 from tests.rig.vm import Vm
 from tests.system.site import Site
 
-ONLINE_S = 300
+ONLINE_S = 600
 """From power-on to both nodes in the cluster; 45 s on a quiet machine."""
 
 DEVICE = "vmfence"
 
 _COMMAND_S = 300  # of one command of the cluster in a guest; pcs takes 15 to 25 s there
 _POLL_S = 3.0  # one question costs the guest a second of its one processor
+_NO_SUCH_OBJECT = 105  # of cibadmin: CRM_EX_NOSUCH
 _LOG = "/var/log/pacemaker/pacemaker.log"
 
-_COROSYNC_CONF = """\
-totem {
-    version: 2
-    cluster_name: rig
-    transport: knet
-    crypto_cipher: none
-    crypto_hash: none
-    token: 3000
-}
-quorum {
-    provider: corosync_votequorum
-    two_node: 1
-}
-nodelist {
-    node {
-        name: node1
-        nodeid: 1
-        ring0_addr: 10.9.0.1
-    }
-    node {
-        name: node2
-        nodeid: 2
-        ring0_addr: 10.9.0.2
-    }
-}
-logging {
-    to_logfile: yes
-    logfile: /var/log/corosync/corosync.log
-    to_syslog: no
-    timestamp: on
-}
-"""
-CLUSTER_FILES: Mapping[str, Entry] = {
-    "/etc/corosync/corosync.conf": regular(_COROSYNC_CONF.encode()),
-    "/etc/hosts": regular(b"127.0.0.1 localhost\n10.9.0.1 node1\n10.9.0.2 node2\n"),
-}
+CLUSTER_FILES = cluster_files({"node1": "10.9.0.1", "node2": "10.9.0.2"})
 """What the image of a node holds besides the product."""
 
 
@@ -110,6 +76,13 @@ class Cluster:
         """
         return (await self.run("pcs", *arguments)).check().stdout
 
+    async def configured(self, xpath: str) -> bool:
+        """Whether the cluster's configuration has that, far cheaper than `pcs stonith config`."""
+        done = await self.run("cibadmin", "--query", "--no-children", "--xpath", xpath)
+        if done.code not in (0, _NO_SUCH_OBJECT):
+            done.check()
+        return done.code == 0
+
     async def history(self, target: str = "node2") -> list[FenceEvent]:
         """Pacemaker's history of fencing a node, newest first."""
         done = await self.run("stonith_admin", "--history", target, "--verbose", "--output-as=xml")
@@ -141,7 +114,7 @@ class Cluster:
         await self.until(both, "cluster of two nodes", ONLINE_S)
 
     async def until(
-        self, condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 240
+        self, condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 400
     ) -> None:
         """Wait until something is so; a node that does not answer yet counts as no.
 

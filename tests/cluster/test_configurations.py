@@ -68,7 +68,7 @@ async def test_agent_validation_refuses_a_wrong_value_with_our_reason(cluster: C
     done = await cluster.run(*command, "timeout=0")
     assert done.code == 1, done
     assert "timeout is 0; it must be 1 second or more" in done.stderr
-    assert "checked" not in await cluster.pcs("stonith", "config")
+    assert not await cluster.configured("//primitive[@id='checked']")
 
 
 async def test_an_off_by_node_name_and_an_on_are_in_the_history(back: Cluster) -> None:

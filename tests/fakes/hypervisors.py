@@ -10,6 +10,7 @@ from dataclasses import replace
 from vmchannel_host.hypervisors import (
     BeforeKill,
     CannotStart,
+    Definitions,
     Ended,
     HypervisorError,
     HypervisorEvent,
@@ -62,6 +63,7 @@ class FakeHypervisor:
         self.saved: dict[VmUuid, bool] = {}  # VMs with saved memory, and whether it can be removed
         self.boot_s = 0.5  # from start to running
         self.plugged: dict[VmUuid, set[PortName]] = {}  # ports that were attached
+        self.defined = Definitions({})
         self.plug_fails: PlugError | None = None
         self._next_pid = 100
         self._events: asyncio.Queue[HypervisorEvent] = asyncio.Queue()
@@ -208,6 +210,9 @@ class FakeHypervisor:
         identity = self.add(vm, name, run_state=RunState.PRELAUNCH)
         asyncio.get_running_loop().call_later(self.boot_s, self._boot, identity)
 
+    def definitions(self) -> Definitions:
+        return self.defined
+
     async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
         ports = await self._plugging(vm, f"attach {port}")
         there = port in ports
@@ -227,7 +232,8 @@ class FakeHypervisor:
         await asyncio.sleep(self.delay_s)
         if self.plug_fails is not None:
             raise self.plug_fails
-        if not any(identity.vm_uuid == vm for identity in self.instances):
+        runs = any(identity.vm_uuid == vm for identity in self.instances)
+        if not runs and vm not in self.defined.names:
             raise PlugError(PlugProblem.NOT_RUNNING, "it does not run here", "start it")
         return self.plugged.setdefault(vm, set())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig.cluster_files import CIB_PATH, cluster_files
 from tests.rig.cpio import Entry, link, regular
 from tests.rig.debian_image import build_debian_image
 from tests.rig.fixtures import Attach
@@ -19,39 +20,10 @@ from tests.system.site import Site, open_site
 
 pytestmark = pytest.mark.timeout(900)
 
-COROSYNC = """\
-totem {
-    version: 2
-    cluster_name: rig
-    transport: knet
-    crypto_cipher: none
-    crypto_hash: none
-}
-quorum {
-    provider: corosync_votequorum
-}
-nodelist {
-    node {
-        name: alpha
-        nodeid: 1
-        ring0_addr: 10.9.0.7
-    }
-}
-"""
-CIB = """\
-<cib validate-with="pacemaker-3.9" admin_epoch="0" epoch="1" num_updates="0">
-  <configuration>
-    <crm_config/>
-    <nodes/>
-    <resources>
-      <primitive id="vmfence" class="stonith" type="fence_vmchannel">
-        <operations><op id="vmfence-monitor" name="monitor" interval="60s"/></operations>
-      </primitive>
-    </resources>
-    <constraints/>
-  </configuration>
-  <status/>
-</cib>
+DEVICE = """
+<primitive id="vmfence" class="stonith" type="fence_vmchannel">
+  <operations><op id="vmfence-monitor" name="monitor" interval="60s"/></operations>
+</primitive>
 """
 NETWORK = """\
 [Unit]
@@ -71,9 +43,8 @@ WantedBy=network-online.target
 """
 UNITS = "/etc/systemd/system"
 FILES: dict[str, Entry] = {
-    "/etc/corosync/corosync.conf": regular(COROSYNC.encode()),
-    "/var/lib/pacemaker/cib/cib.xml": regular(CIB.encode()),
-    "/etc/tmpfiles.d/rig.conf": regular(b"z /var/lib/pacemaker/cib/cib.xml 0600 hacluster haclient\n"),
+    **cluster_files({"alpha": "10.9.0.7"}, DEVICE),
+    "/etc/tmpfiles.d/rig.conf": regular(f"z {CIB_PATH} 0600 hacluster haclient\n".encode()),
     f"{UNITS}/late-network.service": regular(NETWORK.encode()),
     f"{UNITS}/network-online.target.wants/late-network.service": link("../late-network.service"),
     f"{UNITS}/multi-user.target.wants/corosync.service": link("/lib/systemd/system/corosync.service"),

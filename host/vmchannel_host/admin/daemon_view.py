@@ -20,6 +20,8 @@ from vmchannel_host.admin.view import (
     CanView,
     ConfirmView,
     DaemonStatus,
+    DefinedVm,
+    DefinitionsView,
     FenceOrder,
     Finding,
     HostView,
@@ -259,6 +261,12 @@ class View:
             text = f"{told.reason}; {len(told.lines)} ends"
             self._feed.publish(AdminEvent(self._wall_clock(), "vm.confirmed-off", text, uuid, told.name))
         return ConfirmView(told.ok, told.code, told.reason, uuid, told.name, told.lines)
+
+    def definitions(self) -> DefinitionsView:
+        """The VMs that are defined, as last told."""
+        told = self._hot_plug.definitions()
+        vms = sorted(told.names.items(), key=lambda one: (one[1], one[0]))
+        return DefinitionsView(tuple(DefinedVm(vm, name) for vm, name in vms), told.problems)
 
     async def plug(self, order: PlugOrder) -> PlugOutcome:
         """Attach or detach a port."""

@@ -67,6 +67,7 @@ class AdminHandlers:
         return [
             web.get("/v1/status", self._snapshot(self._view.status)),
             web.get("/v1/vms", self._snapshot(self._view.vms)),
+            web.get("/v1/definitions", self._snapshot(self._view.definitions)),
             web.get("/v1/ports", self._snapshot(self._view.ports)),
             web.get("/v1/hosts", self._snapshot(self._view.hosts)),
             web.get("/v1/ops", self._ops),

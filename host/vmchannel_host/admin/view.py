@@ -60,6 +60,22 @@ class VmView:
 
 
 @dataclass(frozen=True, slots=True)
+class DefinedVm:
+    """A VM that a libvirt defines, whether it runs or not."""
+
+    uuid: str
+    name: str  # untrusted text
+
+
+@dataclass(frozen=True, slots=True)
+class DefinitionsView:
+    """The VMs that are defined on this host."""
+
+    vms: tuple[DefinedVm, ...]
+    problems: tuple[str, ...]  # what may define further ones, and does not tell
+
+
+@dataclass(frozen=True, slots=True)
 class PortView:
     """A virtio-serial port that the daemon serves, or would serve."""
 
@@ -194,6 +210,8 @@ class AdminView(Protocol):
 
     def vms(self) -> Sequence[VmView]: ...
 
+    def definitions(self) -> DefinitionsView: ...
+
     def ports(self) -> Sequence[PortView]: ...
 
     def hosts(self) -> Sequence[HostView]: ...
@@ -244,6 +262,8 @@ __all__ = [
     "CanView",
     "ConfirmView",
     "DaemonStatus",
+    "DefinedVm",
+    "DefinitionsView",
     "FenceOrder",
     "Finding",
     "HostView",

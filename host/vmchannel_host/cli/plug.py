@@ -12,6 +12,7 @@ from fence_vmchannel.addresses import DEFAULT_PORT
 from vmchannel_host.cli import show
 from vmchannel_host.cli.console import Console, ExitCode
 from vmchannel_host.cli.http_client import AdminClient, CliError, Doc, docs
+from vmchannel_host.printable import printable
 
 _GRACE_S: Final = 10.0  # beyond the daemon's own time-out
 
@@ -29,7 +30,7 @@ def add_detach(one: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     one.add_argument("vm", metavar="VM", nargs="?", help="UUID, name or alias")
     one.add_argument("--all", action="store_true", help="every port that attach made, of every VM")
-    one.add_argument("--force", action="store_true", help="also a port that the VM was started with")
+    one.add_argument("--force", action="store_true", help="also a port that attach did not make")
     _add_common(one)
 
 
@@ -69,11 +70,18 @@ def _order(path: str, order: Mapping[str, object], arguments: argparse.Namespace
 
 
 def _detach_all(arguments: argparse.Namespace, console: Console) -> int:
-    """One VM after the other; one that fails stops none."""
+    """One VM after the other, those that are only defined too; one that fails stops none."""
     client = AdminClient(str(arguments.socket))
-    answers: list[object] = []
-    failed = False
-    for vm in docs(client.get("/v1/vms").checked()):
+    defined = Doc(client.get("/v1/definitions").checked())
+    vms = {vm.text("uuid"): vm for vm in (*docs(client.get("/v1/vms").checked()), *defined.docs("vms"))}
+    problems = defined.texts("problems")
+    answers: list[object] = [{"ok": False, "code": "no_monitor", "reason": text} for text in problems]
+    failed = bool(problems)
+    if not arguments.json:
+        console.lines(
+            [f"FAILED: {printable(text, 500)}: it may have VMs with such ports" for text in problems]
+        )
+    for vm in vms.values():
         order = {"vm": vm.text("uuid"), "port": None, "timeout_s": arguments.timeout}
         answer = client.post("/v1/detach", order, timeout_s=arguments.timeout + _GRACE_S)
         doc = answer.doc

@@ -133,6 +133,7 @@ class Doctor:
             pids=tuple(one.identity.pid for one in instances),
             mute=all(one.run_state is RunState.UNKNOWN for one in instances),
             has_port=vm in served,
+            libvirt=any(one.monitor and not one.monitor.startswith("/") for one in instances),
             grouped=bool(self.policy().groups_of(vm, directory)),
             departed=self.registry.departed(vm) or "",
             unsettled=tuple(map(evidence.end_line, unsettled)),

@@ -67,6 +67,7 @@ class VmFact:
     pids: tuple[int, ...] = ()  # of the processes that were seen; empty: none is left here
     mute: bool = False  # a process of it is there, and no monitor answers
     has_port: bool = True  # a port that is served
+    libvirt: bool = False  # libvirt runs it
     grouped: bool = True  # some group holds it
     departed: str = ""  # why it may live elsewhere
     unsettled: tuple[str, ...] = ()  # our kills whose last writes are unproven, where that refuses an off

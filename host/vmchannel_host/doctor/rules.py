@@ -215,10 +215,12 @@ def _vm(vm: VmFact) -> Iterator[Finding]:
         yield Finding(WARNING, subject, f"no monitor of pid {_some(map(str, vm.pids))} answers", remedy)
     elif vm.pids and not vm.has_port:
         level = WARNING if vm.grouped else NOTE
-        remedy = (
-            f"`vmchannelctl attach {shlex.quote(vm.name)}` plugs one in; for good: a virtserialport named "
-            "org.vmchannel.0 (docs/operations.md, What a VM needs)"
+        for_good = (
+            " and writes it into its definition (docs/operations.md, VMs that libvirt runs)"
+            if vm.libvirt
+            else "; for good: a virtserialport named org.vmchannel.0 (docs/operations.md, What a VM needs)"
         )
+        remedy = f"`vmchannelctl attach {shlex.quote(vm.name)}` plugs one in{for_good}"
         yield Finding(
             level, subject, "it has no port that is served: its guest cannot ask for a fence", remedy
         )

@@ -68,7 +68,7 @@ def off_doubt(claim: Claim, rules: Rules) -> Doubt | None:
         or _alive_doubt(claim)
         or _departure_doubt(claim, rules)
         or _io_doubt(claim, rules)
-        or _stranger_doubt(claim)
+        or _stranger_doubt(claim, rules)
         or _objection_doubt(claim)
     )
 
@@ -280,9 +280,12 @@ def _io_doubt(claim: Claim, rules: Rules) -> Doubt | None:
     return None
 
 
-def _stranger_doubt(claim: Claim) -> Doubt | None:
-    if claim.recognised or _ends(claim):
+def _stranger_doubt(claim: Claim, rules: Rules) -> Doubt | None:
+    if _ends(claim):
         return None
+    if claim.recognised:
+        elsewhere = "it was never seen here, and another host could run it (cluster.standalone is false)"
+        return None if rules.standalone else _away(elsewhere)
     return Doubt(
         FenceCode.UNKNOWN_PLUG,
         "this VM was never seen here: name its UUID in a policy group, or check the spelling",

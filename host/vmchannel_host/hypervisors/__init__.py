@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeAlias
@@ -37,10 +37,11 @@ class PlugProblem(Enum):
     NOT_RUNNING = "not_running"  # no process of the VM runs here, so there is nothing to plug into
     BUSY = "busy"  # a fence, another plugging, several instances
     MIGRATING = "migrating"  # what is plugged into one end of a migration is missing at the other
+    AMBIGUOUS = "ambiguous"  # two libvirts define it
     NO_MONITOR = "no_monitor"  # nobody there to ask
     UNSUPPORTED = "unsupported"  # what runs it gives us no way to plug
     NO_SLOT = "no_slot"  # no controller takes another port, and none can be added
-    NOT_OURS = "not_ours"  # the VM was started with that port
+    NOT_OURS = "not_ours"  # the VM was started, or defined, with that port
     UNSUITABLE = "unsuitable"  # a port of that name is there and cannot be served
     FAILED = "failed"  # the hypervisor refused; what was added is taken away again
     DEADLINE = "deadline"  # no answer in time: what was done is unknown; doing it again is safe
@@ -67,6 +68,14 @@ class Plugged:
     changed: bool  # False: it was so already
     ports: tuple[PortName, ...]  # that are there now (attach), or were taken away (detach)
     advice: tuple[str, ...] = ()  # what is left to do by hand, for people, a line each
+
+
+@dataclass(frozen=True, slots=True)
+class Definitions:
+    """The VMs that have a persistent definition here, whether they run or not."""
+
+    names: Mapping[VmUuid, str]  # untrusted text
+    problems: tuple[str, ...] = ()  # for people: what may define further VMs, and does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +189,20 @@ class Hypervisor(Protocol):
         """
         ...
 
+    def definitions(self) -> Definitions:
+        """The VMs that have a definition, as last told. Does not wait."""
+        ...
+
     async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
         """Plug a port into the running VM, and write it into its persistent definition where there is one.
 
-        Idempotent: a port of that name that can be served is left as it is. When a step fails, what was added
-        before is taken away again.
+        A VM that is defined and does not run gets it in its definition. Idempotent: a port of that name that
+        can be served is left as it is, and one that is in one place only is added to the other. When a step
+        fails, what was added before is taken away again.
 
         Args:
-            vm: the VM; refused unless exactly one process of it runs here, and no migration does.
+            vm: the VM; refused while more than one process of it runs here, while it migrates, and when it
+                neither runs nor is defined.
             port: the name of the port; untrusted text.
             timeout_s: how long all of it may take, seconds; undoing a failure takes 2 s at most beyond it.
 
@@ -206,7 +221,7 @@ class Hypervisor(Protocol):
         Args:
             vm: the VM; as for `attach_port`.
             port: the name of the port; None: every port that `attach_port` made.
-            force: also a port that the VM was started with. Without, it is refused (NOT_OURS).
+            force: also a port that the VM was started or defined with. Without, it is refused (NOT_OURS).
             timeout_s: how long all of it may take, seconds.
 
         Raises:

@@ -15,11 +15,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from vmchannel_host.hypervisors import (
     BeforeKill,
     CannotStart,
+    Definitions,
     HypervisorError,
     HypervisorEvent,
     NotProven,
     Plugged,
 )
+from vmchannel_host.hypervisors.pluggers import Definer, Pluggers
 from vmchannel_host.hypervisors.plugging import Plugging
 from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, Unidentified
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
@@ -57,6 +59,7 @@ class HostHypervisor:
         host: HostName,
         clock: Callable[[], float],
         ports: str,
+        definers: Sequence[Definer] = (),
         scan_s: float = SCAN_S,
     ) -> None:
         """
@@ -67,7 +70,8 @@ class HostHypervisor:
                 VM the others are not asked.
             host: this host's name, for the evidence.
             clock: CLOCK_BOOTTIME in seconds.
-            ports: our directory for the sockets of ports that are plugged in.
+            ports: our directory for the sockets of ports that are plugged into bare QEMUs.
+            definers: what defines VMs, and plugs ports into those.
             scan_s: between two scans, seconds.
         """
         self._watch = watch
@@ -76,7 +80,8 @@ class HostHypervisor:
         self._host = host
         self._clock = clock
         self._scan_s = scan_s
-        self._plugging = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
+        bare = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
+        self._pluggers = Pluggers(watch.table, bare, definers)
         self._last_problems: frozenset[str] = frozenset()
 
     @property
@@ -226,15 +231,19 @@ class HostHypervisor:
         await (able or [own])[0].start(vm, name, timeout_s=timeout_s)
         self._watch.rescan.set()
 
+    def definitions(self) -> Definitions:
+        """See `Hypervisor`."""
+        return self._pluggers.definitions()
+
     async def attach_port(self, vm: VmUuid, port: PortName, *, timeout_s: float) -> Plugged:
-        """Plug a port into the running VM; a bare QEMU has no persistent definition (`Plugged.advice`)."""
-        return await self._plugging.attach(vm, port, timeout_s=timeout_s)
+        """See `Hypervisor.attach_port`."""
+        return await self._pluggers.of(vm).attach(vm, port, timeout_s=timeout_s)
 
     async def detach_port(
         self, vm: VmUuid, port: PortName | None, *, force: bool, timeout_s: float
     ) -> Plugged:
-        """Take a port away; see `Hypervisor.detach_port`."""
-        return await self._plugging.detach(vm, port, force=force, timeout_s=timeout_s)
+        """See `Hypervisor.detach_port`."""
+        return await self._pluggers.of(vm).detach(vm, port, force=force, timeout_s=timeout_s)
 
     def _absent(self, identity: ProcessIdentity, proof: EndProof | None) -> InstanceEnded:
         if proof is None:

@@ -14,7 +14,7 @@ from typing import Final, cast
 
 from fence_vmchannel.addresses import DEFAULT_PORT
 from vmchannel_host.hypervisors.qmp_state import BadReply, Device
-from vmchannel_host.model import PortName, VmUuid
+from vmchannel_host.model import Migration, PortName, RunState, VmUuid
 
 PORT_ID: Final = "vmchannel-port-"
 """How the ids of what we plug in begin, device and chardev alike: by them it is found again."""
@@ -26,9 +26,21 @@ MAX_PATH: Final = 107
 """Bytes of a unix socket's path (sun_path without its end)."""
 
 
+_MOVING: Final = frozenset(
+    {RunState.INMIGRATE, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.RESTORE_VM}
+)
+
+
+def moving_problem(run_state: RunState, migration: Migration) -> str:
+    """Why nothing may be plugged in that state; "" when it may."""
+    if migration is Migration.NONE and run_state not in _MOVING:
+        return ""
+    return f"it migrates, or is saved or restored (state {run_state.value}, migration {migration.value})"
+
+
 def port_id(name: PortName) -> str:
     """The id of device and chardev of a port that we plug in."""
-    return PORT_ID + _digest(name)
+    return PORT_ID + digest(name)
 
 
 def is_ours(device: Device) -> bool:
@@ -38,7 +50,7 @@ def is_ours(device: Device) -> bool:
 
 def socket_path(directory: str, vm: VmUuid, name: PortName) -> str:
     """Where QEMU listens for us at a port that we plug in."""
-    return os.path.join(directory, f"{vm}.{_digest(name)}")
+    return os.path.join(directory, f"{vm}.{digest(name)}")
 
 
 def backend_of(device: Device) -> str:
@@ -109,7 +121,7 @@ def start_arguments(name: PortName, path: str, *, controller: bool) -> str:
         path: where QEMU, started by whoever starts it, is to listen.
         controller: whether the VM has no virtio-serial controller of its own.
     """
-    ident = "vmchannel" if name == DEFAULT_PORT else f"vmchannel-{_digest(name)}"
+    ident = "vmchannel" if name == DEFAULT_PORT else f"vmchannel-{digest(name)}"
     words = ["-device", "virtio-serial"] if controller else []
     words += ["-chardev", f"socket,id={ident},path={_quoted(path)},server=on,wait=off"]
     words += ["-device", f"virtserialport,chardev={ident},name={_quoted(name)},id={ident}"]
@@ -120,5 +132,6 @@ def _quoted(text: str) -> str:
     return text.replace(",", ",,")  # QEMU's option syntax
 
 
-def _digest(name: PortName) -> str:
+def digest(name: PortName) -> str:
+    """A port's name as part of an id."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]

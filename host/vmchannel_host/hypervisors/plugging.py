@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ports plugged into, and out of, running QEMUs by QMP.
+"""Ports plugged into, and out of, running bare QEMUs by QMP.
 
 QEMU need not be able to create a socket of ours: it gets one that is bound already, as a descriptor, and
 listens on it itself. So who connects sees QEMU's pid behind it (SO_PEERCRED names who called listen()), as
@@ -28,6 +28,7 @@ from vmchannel_host.hypervisors.plug_words import (
     PORT_ID,
     free_id,
     is_ours,
+    moving_problem,
     parse_empty_slots,
     port_id,
     socket_path,
@@ -35,14 +36,11 @@ from vmchannel_host.hypervisors.plug_words import (
 )
 from vmchannel_host.hypervisors.qemu_ports import Qemu, SerialPort
 from vmchannel_host.hypervisors.qmp_state import NAMED, Device
-from vmchannel_host.model import Migration, PortName, ProcessIdentity, RunState, VmUuid
+from vmchannel_host.model import PortName, ProcessIdentity, VmUuid
 
 UNDO_S: Final = 2.0
 """How long undoing a failed attach may take, seconds, also when its time is over."""
 
-_MOVING: Final = frozenset(
-    {RunState.INMIGRATE, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.RESTORE_VM}
-)
 _log = logging.getLogger(__name__)
 
 
@@ -105,12 +103,9 @@ class Plugging:
     async def _talking(self, vm: VmUuid, timeout_s: float) -> AsyncGenerator[Qemu, None]:
         """The VM's one QEMU, when it does not migrate; its ports are asked for anew afterwards."""
         watched = self._instance(vm)
-        if watched.monitor is None or watched.mute:
+        if not isinstance(watched.monitor, QmpSession) or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
-        if not isinstance(watched.monitor, QmpSession):
-            reason = f"{watched.monitor.path} runs it, and plugging through libvirt is not supported yet"
-            raise PlugError(PlugProblem.UNSUPPORTED, reason, "use `virsh attach-device` or `detach-device`")
         qemu = Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
         try:
             await _check_state(qemu)
@@ -198,11 +193,8 @@ class Plugging:
 
 async def _check_state(qemu: Qemu) -> None:
     run_state, migration = await qemu.monitor.run_state(timeout_s=qemu.left_s)
-    if migration is not Migration.NONE or run_state in _MOVING:
-        reason = (
-            f"it migrates, or is saved or restored (state {run_state.value}, migration {migration.value})"
-        )
-        raise PlugError(PlugProblem.MIGRATING, reason, "wait for its end")
+    if problem := moving_problem(run_state, migration):
+        raise PlugError(PlugProblem.MIGRATING, problem, "wait for its end")
 
 
 async def _add_port(qemu: Qemu, ident: str, port: PortName) -> None:

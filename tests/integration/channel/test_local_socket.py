@@ -24,9 +24,7 @@ from fence_vmchannel.errors import ChannelClosed, CloseCode, HubUnreachable, Lin
 from fence_vmchannel.hub.hub import Hub
 from fence_vmchannel.links.local import LocalListener
 from tests.fakes.hub_pair import eventually, hub_pair
-
-NOBODY = 65_534
-ROOT = Path(__file__).parents[3]
+from tests.fakes.nobody import run_as_nobody
 
 
 async def echo(channel: Channel) -> None:
@@ -53,18 +51,7 @@ def ask_as_nobody(path: str, service: str) -> str:
         "except ChannelError as error:\n"
         "    print(type(error).__name__, error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, path, service],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        user=NOBODY,
-        group=NOBODY,
-        extra_groups=[],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        check=False,
-    )
+    done = run_as_nobody(program, path, service)
     return done.stdout + done.stderr
 
 
@@ -216,7 +203,7 @@ async def test_a_killed_hub_ends_its_clients_calls_with_an_error(tmp_path: Path)
     )
     path = str(tmp_path / "x.sock")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, path, stdout=subprocess.PIPE, cwd=ROOT
+        sys.executable, "-c", program, path, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
     )
     try:
         assert process.stdout is not None

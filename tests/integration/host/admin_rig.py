@@ -17,6 +17,7 @@ from vmchannel_host.admin.view import (
     CanView,
     ConfirmView,
     DaemonStatus,
+    DefinitionsView,
     FenceOrder,
     Finding,
     HostView,
@@ -136,6 +137,7 @@ class FakeView:
     confirmed: ConfirmView = CONFIRMED
     confirmations: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     plugged: dict[str, PlugOutcome] = field(default_factory=dict[str, PlugOutcome])  # by VM as ordered
+    defined: DefinitionsView = field(default_factory=lambda: DefinitionsView((), ()))
     plugs: list[PlugOrder] = field(default_factory=list[PlugOrder])
     asked_can: tuple[str, FenceAction, str] | None = None
     listeners: int = 0
@@ -151,6 +153,9 @@ class FakeView:
 
     def vms(self) -> Sequence[VmView]:
         return self.vms_now
+
+    def definitions(self) -> DefinitionsView:
+        return self.defined
 
     def ports(self) -> Sequence[PortView]:
         return self.ports_now

@@ -34,7 +34,14 @@ from tests.integration.host.admin_rig import (
     served,
 )
 from tests.integration.host.journal_rig import JournalRig
-from vmchannel_host.admin.view import AdminEvent, CanView, ConfirmView, Finding
+from vmchannel_host.admin.view import (
+    AdminEvent,
+    CanView,
+    ConfirmView,
+    DefinedVm,
+    DefinitionsView,
+    Finding,
+)
 from vmchannel_host.cli.console import Console
 from vmchannel_host.cli.main import run
 from vmchannel_host.cli.progress import ProgressLine
@@ -566,6 +573,21 @@ async def test_detach_all_asks_every_vm_by_its_uuid_and_passes_by_what_attach_di
     assert ran.code == 0
     assert ran.lines[0] == "done: vm2: port org.vmchannel.0 attached", "as the view said"
     assert "vm1" not in ran.out
+
+
+async def test_detach_all_asks_what_is_only_defined_too_and_fails_where_that_is_not_known(
+    rig: AdminRig,
+) -> None:
+    vms = (DefinedVm(UUID2, "vm2"), DefinedVm("aaaaaaaa-0000-4000-8000-000000000009", "a\tb"))
+    rig.view.defined = DefinitionsView(vms, ())
+    assert (await ctl(rig, "detach", "--all")).code == 0
+    assert [one.vm for one in rig.view.plugs] == [UUID1, UUID2, vms[1].uuid]
+    rig.view.defined = DefinitionsView(vms, ("qemu:///system is not connected",))
+    ran = await ctl(rig, "detach", "--all")
+    assert (ran.code, len(rig.view.plugs)) == (1, 6)
+    assert ran.lines[0] == "FAILED: qemu:///system is not connected: it may have VMs with such ports"
+    ran = await ctl(rig, "detach", "--all", "--json")
+    assert [one["code"] for one in json.loads(ran.out)] == ["no_monitor", "done", "done", "done"]
 
 
 async def test_detach_all_goes_on_after_a_failure_and_ends_with_1(rig: AdminRig) -> None:

@@ -97,10 +97,18 @@ async def test_a_reboot_resets_the_domain_in_its_process(
     assert libvirtd.qemus(domain) == before
 
 
+async def until_saved(site: Site, domain: Domain) -> None:
+    """Wait until the daemon knows that libvirt keeps the domain's memory."""
+    async with asyncio.timeout(WAIT_S):
+        while "keeps a managed save" not in (await site.fence("on", domain.name))["reason"]:
+            await asyncio.sleep(0.1)
+
+
 async def test_s0_saved_memory_is_removed_before_off_is_said_and_that_is_recorded(
     site: Site, libvirtd: Libvirtd, domain: Domain
 ) -> None:
     await off_loop(lambda: libvirtd.virsh("managedsave", domain.uuid))
+    await until_saved(site, domain)
     assert await site.status(domain.name) == "unknown"
     refused = await site.fence("on", domain.name)
     assert not refused["ok"]
@@ -142,6 +150,7 @@ async def test_a_libvirtd_that_hangs_stops_no_fence_but_nothing_with_saved_memor
     await off_loop(lambda: libvirtd.create(saved))
     await until_seen(site, saved)
     await off_loop(lambda: libvirtd.virsh("managedsave", saved.uuid))
+    await until_saved(site, saved)  # else it may have been saved anywhere, and counts as departed
     libvirtd.pause()
     try:
         assert_answer(await site.fence("off", domain.name), "done", "off")

@@ -19,6 +19,8 @@ from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.libvirt.binding import open_link
 from vmchannel_host.hypervisors.libvirt.connection import Patience
 from vmchannel_host.hypervisors.libvirt.link import OpenLink
+from vmchannel_host.hypervisors.libvirt.plug_words import channel_directory
+from vmchannel_host.hypervisors.libvirt.plugging import LibvirtPlugging
 from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id, read_pid_namespace
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
@@ -95,6 +97,7 @@ async def watching(
     open_libvirt: OpenLink = open_link,
     patience: Patience | None = None,
     saves: Path | None = None,
+    ports: Path = Path("/nonexistent"),
 ) -> AsyncGenerator[LibvirtHost, None]:
     """Run a hypervisor over libvirtds and QMP sockets."""
     processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
@@ -115,7 +118,11 @@ async def watching(
             (launcher, *libvirts),
             host=HOST,
             clock=boottime,
-            ports="/nonexistent",
+            ports=str(ports),
+            definers=[
+                LibvirtPlugging(source, str(channel_directory(one.saves)))
+                for one, source in zip(libvirtds, libvirts, strict=True)
+            ],
             scan_s=0.2,
         )
     )

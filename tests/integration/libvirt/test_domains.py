@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
 from fence_vmchannel.links.stream import peer_credentials, try_connect
+from tests.fakes.nobody import run_as_nobody
 from tests.integration.hypervisors.qemu_rig import Rig
 from tests.integration.libvirt.libvirt_rig import (
     PORT,
@@ -275,8 +274,6 @@ async def test_a_socket_that_the_daemon_may_not_open_or_that_another_serves_is_r
             "import sys; from fence_vmchannel.links.stream import try_connect\n"
             "try: try_connect(sys.argv[1])\nexcept PermissionError: sys.exit(13)"
         )
-        prefix = ("setpriv", "--reuid", "nobody", "--clear-groups") if os.geteuid() == 0 else ()
-        command = [*prefix, sys.executable, "-c", code, path]
-        tried = await off_loop(lambda: subprocess.run(command, cwd=os.getcwd()))
-        assert tried.returncode == 13
+        tried = await off_loop(lambda: run_as_nobody(code, path))
+        assert tried.returncode == 13, tried
         assert (await host.off(instance.identity)).proof is EndProof.PIDFD

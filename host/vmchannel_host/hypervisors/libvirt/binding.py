@@ -13,6 +13,7 @@ from vmchannel_host.hypervisors.libvirt.events import EventThread, event_thread
 from vmchannel_host.hypervisors.libvirt.link import (
     Closed,
     DomainChanged,
+    DomainTexts,
     LibvirtError,
     Lifecycle,
     Link,
@@ -164,6 +165,30 @@ class _PythonLink:
 
     def reset(self, vm: VmUuid) -> None:
         self._call(self._lookup(vm).reset)
+
+    def definitions(self, vm: VmUuid) -> DomainTexts:
+        domain = self._lookup(vm)
+
+        def read() -> DomainTexts:
+            live = domain.XMLDesc(0) if domain.isActive() else None
+            if not domain.isPersistent():
+                return DomainTexts(live, None, False)
+            config = domain.XMLDesc(self._libvirt.VIR_DOMAIN_XML_INACTIVE)
+            return DomainTexts(live, config, bool(domain.hasManagedSaveImage()))
+
+        return self._call(read)
+
+    def attach_device(self, vm: VmUuid, xml: str, *, live: bool, config: bool) -> None:
+        library = self._libvirt
+        flags = (live and library.VIR_DOMAIN_AFFECT_LIVE) | (config and library.VIR_DOMAIN_AFFECT_CONFIG)
+        domain = self._lookup(vm)
+        self._call(lambda: domain.attachDeviceFlags(xml, flags))
+
+    def detach_device(self, vm: VmUuid, xml: str, *, live: bool) -> None:
+        library = self._libvirt
+        flags = library.VIR_DOMAIN_AFFECT_LIVE if live else library.VIR_DOMAIN_AFFECT_CONFIG
+        domain = self._lookup(vm)
+        self._call(lambda: domain.detachDeviceFlags(xml, flags))
 
     def close(self) -> None:
         connection = self._connection

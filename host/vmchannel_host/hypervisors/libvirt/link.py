@@ -55,6 +55,15 @@ class Closed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class DomainTexts:
+    """A domain's XML, of what runs and of its definition."""
+
+    live: str | None  # None: it does not run
+    config: str | None  # None: it is transient
+    managed_save: bool  # libvirt would continue it from saved memory
+
+
 LibvirtEvent = Lifecycle | MonitorEvent | DomainChanged | Closed
 Sink = Callable[[LibvirtEvent], None]
 
@@ -98,6 +107,18 @@ class Link(Protocol):
 
     def reset(self, vm: VmUuid) -> None:
         """`system_reset`."""
+        ...
+
+    def definitions(self, vm: VmUuid) -> DomainTexts:
+        """Its XML, of what runs and of what is defined. Asks no QEMU."""
+        ...
+
+    def attach_device(self, vm: VmUuid, xml: str, *, live: bool, config: bool) -> None:
+        """Add a device to what runs, to the definition, or to both."""
+        ...
+
+    def detach_device(self, vm: VmUuid, xml: str, *, live: bool) -> None:
+        """Take a device out of what runs, or out of the definition. QEMU may let it go only afterwards."""
         ...
 
     def close(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from vmchannel_host.hypervisors import CannotStart, HypervisorError, NotProven
 from vmchannel_host.hypervisors.instances import Watched
@@ -34,6 +34,8 @@ from vmchannel_host.hypervisors.source import Answer, Conflict
 from vmchannel_host.model import Migration, ProcessIdentity, RunState, UnknownProcess, VmUuid
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_ENDED: Final = 4096
 """Executions that are remembered to have ended."""
@@ -204,9 +206,34 @@ class LibvirtSource:
         text = await self._connection.call("read XML", lambda link: link.xml(vm), timeout_s=timeout_s)
         return words.read_domain_xml(text).resettable
 
-    async def call_link(self, name: str, function: Callable[[Link], None], *, timeout_s: float) -> None:
+    async def call_link(
+        self,
+        name: str,
+        function: Callable[[Link], T],
+        *,
+        timeout_s: float,
+        on_return: Callable[[], None] = lambda: None,
+    ) -> T:
         """Make one call."""
-        await self._connection.call(name, function, timeout_s=timeout_s)
+        return await self._connection.call(name, function, timeout_s=timeout_s, on_return=on_return)
+
+    # --- what plugging asks (`plugging.Domains`)
+
+    @property
+    def problem(self) -> str:
+        """Why it may have domains that are not known; "" when it has told all."""
+        if not self._connection.open:
+            return f"{self.uri} is not connected: {self._connection.problem}"
+        return "" if self._listed else f"{self.uri} has not answered yet"
+
+    def defined(self) -> Mapping[VmUuid, str]:
+        """The domains that it defines or runs, with their names, as it told last."""
+        return {vm: record.name for vm, record in self._domains.items()}
+
+    def follows(self, identity: ProcessIdentity) -> bool:
+        """Whether it tells of that process."""
+        one = self._followed.get(identity.vm_uuid)
+        return one is not None and one.alive and one.watched.identity == identity
 
     # --- following
 

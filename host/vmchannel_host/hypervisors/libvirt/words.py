@@ -143,7 +143,7 @@ def read_domain_xml(text: str) -> DomainXml:
     Raises:
         HypervisorError: it is not what libvirt writes.
     """
-    root = _parse(text)
+    root = parse_domain(text)
     channels: list[Channel] = []
     for element in root.iterfind("./devices/channel[@type='unix']"):
         channel = _channel(element)
@@ -158,11 +158,16 @@ def read_uuid(text: str) -> VmUuid | None:
     Raises:
         HypervisorError: it is not what libvirt writes.
     """
-    found = _parse(text).findtext("./uuid", "").strip().lower()
+    found = parse_domain(text).findtext("./uuid", "").strip().lower()
     return VmUuid(found) if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", found) else None
 
 
-def _parse(text: str) -> ElementTree.Element:
+def parse_domain(text: str) -> ElementTree.Element:
+    """The root of a domain's XML.
+
+    Raises:
+        HypervisorError: it is not what libvirt writes.
+    """
     if len(text) > MAX_XML:
         raise HypervisorError(f"a domain's XML is longer than {MAX_XML} characters")
     if "<!DOCTYPE" in text:  # libvirt never writes one, and entities can grow without bound

@@ -110,6 +110,11 @@ def test_a_kernel_that_does_not_tell_who_listens_makes_no_finding() -> None:
         (replace(VM, mute=True), "warning", ["no monitor of pid 4711"]),
         (replace(VM, has_port=False), "warning", ["no port", "`vmchannelctl attach vm1`"]),
         (replace(VM, name="a b", has_port=False), "warning", ["`vmchannelctl attach 'a b'`"]),
+        (
+            replace(VM, has_port=False, libvirt=True),
+            "warning",
+            ["attach vm1` plugs one in and writes it into"],
+        ),
         (replace(VM, has_port=False, grouped=True), "warning", ["no port"]),
         (replace(VM, grouped=False), "note", ["in no group", "vm1"]),
         (replace(VM, qemu=("6.2.0",)), "warning", ["6.2.0", "older than 7.2"]),

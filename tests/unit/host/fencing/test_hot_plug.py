@@ -12,7 +12,7 @@ from tests.fakes.hypervisors import HungHypervisor
 from tests.fakes.virtual_time import virtual_time
 from tests.unit.host.fencing.world import OPERATOR, VM2, VM3, World, now, settled
 from vmchannel_host.hot_plug import HotPlug, PlugOrder, PlugOutcome
-from vmchannel_host.hypervisors import PlugError, PlugProblem
+from vmchannel_host.hypervisors import Definitions, PlugError, PlugProblem
 
 PORT = "org.vmchannel.0"
 
@@ -120,6 +120,28 @@ async def test_a_vm_that_nobody_knows_is_an_error_that_says_so() -> None:
     async with World().running() as world:
         told = await hot_plug(world).carry_out(attach("nobody"))
         assert (told.ok, told.code, told.vm_uuid) == (False, "unknown_plug", "")
+
+
+@virtual_time
+async def test_a_vm_that_never_ran_here_is_found_by_its_definition() -> None:
+    async with World().running() as world:
+        world.hypervisor.defined = Definitions({VM3: "defined"}, ("qemu:///session is not connected",))
+        told = await hot_plug(world).carry_out(attach("defined"))
+        assert (told.code, told.vm_uuid, told.vm_name) == ("done", VM3, "defined")
+        assert (await hot_plug(world).carry_out(detach(VM3))).code == "done"
+        told = await hot_plug(world).carry_out(attach("nobody"))
+        assert (told.code, "qemu:///session is not connected" in told.reason) == ("unknown_plug", True)
+
+
+@virtual_time
+async def test_a_name_that_a_definition_and_another_vm_bear_is_no_name() -> None:
+    async with World().running() as world:
+        world.vm()
+        await settled()
+        world.hypervisor.defined = Definitions({VM3: "vm2"})
+        told = await hot_plug(world).carry_out(attach("vm2"))
+        assert told.code == "ambiguous"
+        assert world.hypervisor.acts == []
 
 
 @pytest.mark.parametrize("problem", list(PlugProblem))

@@ -221,6 +221,14 @@ def test_an_unwatched_end_is_a_departure_unless_standalone() -> None:
         assert op.published.outcome.code is code
 
 
+def test_s1_a_vm_that_was_never_seen_here_is_off_only_where_no_other_host_could_run_it() -> None:
+    for standalone, code in ((True, FenceCode.ALREADY), (False, FenceCode.MIGRATED_AWAY)):
+        op = Driven(intent(), Rules(standalone=standalone))
+        op.look()
+        assert op.published is not None
+        assert op.published.outcome.code is code
+
+
 def test_a_vm_that_was_never_seen_and_is_not_named_is_unknown() -> None:
     op = Driven(intent(recognised=False))
     op.look()
