@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from fence_vmchannel.hub.hub import boot_clock
 from vmchannel_host.config.model import HostConfig
-from vmchannel_host.hypervisors import Hypervisor
 from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.libvirt.binding import open_link
@@ -49,7 +48,7 @@ def real_parts() -> Parts:
     return Parts(processes=processes, peers=QemuPeers(processes))
 
 
-def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> HostHypervisor:
     """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
     watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
     libvirts = tuple(
@@ -61,7 +60,13 @@ def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hyp
     sources: tuple[Source, ...] = (*_qmp_sockets(config, watch), *libvirts)
     starters: tuple[Starter, ...] = (launcher, *libvirts)
     return HostHypervisor(
-        watch, sources, starters, host=config.host, clock=parts.clock, ports=str(config.paths.run / "ports")
+        watch,
+        sources,
+        starters,
+        host=config.host,
+        clock=parts.clock,
+        ports=str(config.paths.run / "ports"),
+        libvirts=[one.state for one in libvirts],
     )
 
 

@@ -25,7 +25,7 @@ from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, Uniden
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.resetting import reset_instance
 from vmchannel_host.hypervisors.scanner import Scan
-from vmchannel_host.hypervisors.source import Conflict, Source, Starter
+from vmchannel_host.hypervisors.source import Conflict, LibvirtState, Source, Starter
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -57,6 +57,7 @@ class HostHypervisor:
         host: HostName,
         clock: Callable[[], float],
         ports: str,
+        libvirts: Sequence[Callable[[], LibvirtState]] = (),
         scan_s: float = SCAN_S,
     ) -> None:
         """
@@ -68,6 +69,7 @@ class HostHypervisor:
             host: this host's name, for the evidence.
             clock: CLOCK_BOOTTIME in seconds.
             ports: our directory for the sockets of ports that are plugged in.
+            libvirts: how it stands with each libvirt among the sources.
             scan_s: between two scans, seconds.
         """
         self._watch = watch
@@ -75,6 +77,7 @@ class HostHypervisor:
         self._starters = tuple(starters)
         self._host = host
         self._clock = clock
+        self._libvirts = tuple(libvirts)
         self._scan_s = scan_s
         self._plugging = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
         self._last_problems: frozenset[str] = frozenset()
@@ -83,6 +86,10 @@ class HostHypervisor:
     def processes(self) -> ProcessTable:
         """The processes of this host."""
         return self._watch.processes
+
+    def libvirts(self) -> tuple[LibvirtState, ...]:
+        """How it stands with each configured libvirt. Reads memory only."""
+        return tuple(state() for state in self._libvirts)
 
     async def run(self) -> None:
         """Follow the VMs until cancelled."""
