@@ -158,9 +158,12 @@ def _daemon(facts: DaemonFacts, held: set[str]) -> Iterator[Finding]:
 
 def not_reached(one: LibvirtFact) -> str:
     """Says in one line that a libvirt is not reached, why and since when."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(one.since))
+    try:
+        since = time.strftime(" since %Y-%m-%d %H:%M:%S UTC", time.gmtime(one.since))
+    except (OverflowError, ValueError, OSError):  # no clock of this world
+        since = ""
     why = " ".join(one.problem.split())[:300]
-    return f"libvirt ({one.uri}) is not reached since {since}: {why}"
+    return f"libvirt ({one.uri}) is not reached{since}: {why}"
 
 
 def _libvirt(one: LibvirtFact) -> Iterator[Finding]:
