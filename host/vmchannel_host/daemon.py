@@ -272,6 +272,7 @@ class Daemon:
             operator=core.answers,
             rules=lambda: core.coordinator.settings.rules,
             doctor=self._build_doctor(core, hub, ports),
+            libvirts=self._hypervisor.libvirts,
             word=OperatorWord(
                 instances=core.instances,
                 policy=lambda: self._settings.policy,
@@ -325,6 +326,7 @@ class Daemon:
             clock=parts.clock,
             wall_clock=parts.wall_clock,
             machine=MachineLook(machine),
+            libvirts=self._hypervisor.libvirts,
         )
 
     async def _destroy(self, answers: Metered, vm: VmUuid, reason: str) -> FenceAnswer:

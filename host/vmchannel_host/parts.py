@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from fence_vmchannel.hub.hub import boot_clock
 from vmchannel_host.config.model import HostConfig
-from vmchannel_host.hypervisors import Hypervisor
 from vmchannel_host.hypervisors.host import HostHypervisor
 from vmchannel_host.hypervisors.launch import Launcher
 from vmchannel_host.hypervisors.libvirt.binding import open_link
@@ -51,7 +50,7 @@ def real_parts() -> Parts:
     return Parts(processes=processes, peers=QemuPeers(processes))
 
 
-def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hypervisor:
+def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> HostHypervisor:
     """One for the host: every entry of `hypervisors` is a source of it (decision 0012)."""
     watch = ProcessWatch(parts.processes, host=config.host, clock=parts.clock)
     libvirts = tuple(
@@ -73,6 +72,7 @@ def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hyp
             LibvirtPlugging(source, str(channel_directory(one.saves)))
             for one, source in zip(config.libvirt, libvirts, strict=True)
         ),
+        libvirts=[one.state for one in libvirts],
     )
 
 

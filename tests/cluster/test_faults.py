@@ -45,7 +45,7 @@ async def fenced_and_back(cluster: Cluster) -> AsyncGenerator[None, None]:
 async def test_a_node_whose_kernel_panics_is_fenced_with_no_parameter_and_comes_back(
     cluster: Cluster,
 ) -> None:
-    assert not await cluster.configured(f"//primitive[@id='{DEVICE}']/instance_attributes")
+    assert not await cluster.configured(f"//primitive[@id='{DEVICE}']/instance_attributes/nvpair")
     async with fenced_and_back(cluster):
         await cluster.node2.start("sh", "-c", "echo c > /proc/sysrq-trigger")
 

@@ -32,6 +32,8 @@ from vmchannel_host.admin.view import (
     VmView,
 )
 from vmchannel_host.doctor.daemon_facts import Doctor
+from vmchannel_host.doctor.facts import LibvirtFact
+from vmchannel_host.doctor.rules import not_reached
 from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.confirm import OperatorWord
 from vmchannel_host.fencing.coordinator import RunningOperation
@@ -41,6 +43,7 @@ from vmchannel_host.fencing.requester import Requester
 from vmchannel_host.fencing.service import ProgressSink
 from vmchannel_host.hot_plug import HotPlug, PlugOrder, PlugOutcome
 from vmchannel_host.hypervisors import HypervisorError
+from vmchannel_host.hypervisors.source import LibvirtState
 from vmchannel_host.journal.types import JournalError, OperationRows, Record, VerifyResult
 from vmchannel_host.model import HostName, Instance, OperationId, RunState, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
@@ -115,6 +118,7 @@ class View:
         word: OperatorWord,
         hot_plug: HotPlug,
         doctor: Doctor,
+        libvirts: Callable[[], Sequence[LibvirtState]],
         journal: PastOperations,
         feed: Feed,
         health: Health,
@@ -134,6 +138,7 @@ class View:
         self._word = word
         self._hot_plug = hot_plug
         self._doctor = doctor
+        self._libvirts = libvirts
         self._journal = journal
         self._feed = feed
         self._health = health
@@ -362,5 +367,7 @@ class View:
             problems.append(
                 "the policy allows nobody to fence: add a group to policy.d (man vmchannel-host.yaml)"
             )
+        facts = [LibvirtFact(one.uri, one.problem, one.since) for one in self._libvirts()]
+        problems += [not_reached(one) for one in facts if one.problem]
         problems += [conflict.text for conflict in self._registry.all_conflicts()]
         return tuple(problems)

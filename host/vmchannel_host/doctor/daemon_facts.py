@@ -19,6 +19,7 @@ from vmchannel_host.daemon_thread import in_daemon_thread
 from vmchannel_host.doctor.facts import (
     DaemonFacts,
     JournalFact,
+    LibvirtFact,
     MachineFacts,
     PolicyFact,
     PortFact,
@@ -27,6 +28,7 @@ from vmchannel_host.doctor.facts import (
 from vmchannel_host.doctor.rules import judge
 from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.evidence import Rules
+from vmchannel_host.hypervisors.source import LibvirtState
 from vmchannel_host.journal.types import JournalError, OperationRows, VerifyResult
 from vmchannel_host.model import BootId, RunState, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
@@ -101,6 +103,7 @@ class Doctor:
     clock: Callable[[], float]
     wall_clock: Callable[[], float]
     machine: MachineLook
+    libvirts: Callable[[], Sequence[LibvirtState]]
 
     async def examine(self) -> tuple[Finding, ...]:
         """All findings. Takes as long as its two deadlines allow."""
@@ -118,6 +121,7 @@ class Doctor:
                 ),
                 ports=tuple(self._ports(directory)),
                 conflicts=tuple(one.text for one in self.registry.all_conflicts()),
+                libvirts=tuple(self._libvirt(one, directory) for one in self.libvirts()),
                 policy=self._policy(directory),
                 journal=journal,
             ),
@@ -140,6 +144,10 @@ class Doctor:
             lost=tuple(str(one.identity) for one in self.registry.unproven(vm) if one.identity not in seen),
             qemu=tuple(sorted({one.version for one in instances} - {""})),
         )
+
+    def _libvirt(self, one: LibvirtState, directory: VmDirectory) -> LibvirtFact:
+        auto = [name or vm for vm, name in one.autostart if self.policy().groups_of(vm, directory)]
+        return LibvirtFact(one.uri, one.problem, one.since, tuple(sorted(auto)))
 
     def _ports(self, directory: VmDirectory) -> list[PortFact]:
         peers = {(peer.key, peer.port): peer for peer in self.hub().peers}

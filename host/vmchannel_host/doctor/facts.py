@@ -102,6 +102,16 @@ class PolicyFact:
 
 
 @dataclass(frozen=True, slots=True)
+class LibvirtFact:
+    """A libvirt that is configured."""
+
+    uri: str
+    problem: str = ""  # why it is not used; "" while it answers; untrusted text
+    since: float = 0.0  # of the problem: wall clock, seconds
+    autostart: tuple[str, ...] = ()  # VMs of groups that it starts by itself; untrusted text
+
+
+@dataclass(frozen=True, slots=True)
 class JournalFact:
     """The journal and the clocks that it is written by."""
 
@@ -123,5 +133,6 @@ class DaemonFacts:
     vms: tuple[VmFact, ...] = ()
     ports: tuple[PortFact, ...] = ()
     conflicts: tuple[str, ...] = ()  # sentences
+    libvirts: tuple[LibvirtFact, ...] = ()
     policy: PolicyFact = field(default_factory=PolicyFact)
     journal: JournalFact = field(default_factory=JournalFact)

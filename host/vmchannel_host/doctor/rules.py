@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -13,6 +14,7 @@ from vmchannel_host.doctor.facts import (
     DaemonFacts,
     DirectoryFact,
     JournalFact,
+    LibvirtFact,
     MachineFacts,
     PolicyFact,
     PortFact,
@@ -138,6 +140,8 @@ def _daemon(facts: DaemonFacts, held: set[str]) -> Iterator[Finding]:
     yield from _policy(facts.policy)
     for text in facts.conflicts:
         yield Finding(ERROR, "identity", text, "give each VM its own UUID and name")
+    for libvirt in facts.libvirts:
+        yield from _libvirt(libvirt)
     for vm in facts.vms:
         yield from _vm(vm)
     for port in facts.ports:
@@ -150,6 +154,40 @@ def _daemon(facts: DaemonFacts, held: set[str]) -> Iterator[Finding]:
             f"{len(alone)} VMs are in no group and can neither fence nor be fenced by guests: {_some(alone)}"
         )
         yield Finding(NOTE, "policy", text, "`vmchannelctl setup` proposes groups")
+
+
+def not_reached(one: LibvirtFact) -> str:
+    """Says in one line that a libvirt is not reached, why and since when."""
+    try:
+        since = time.strftime(" since %Y-%m-%d %H:%M:%S UTC", time.gmtime(one.since))
+    except (OverflowError, ValueError, OSError):  # no clock of this world
+        since = ""
+    why = " ".join(one.problem.split())[:300]
+    return f"libvirt ({one.uri}) is not reached{since}: {why}"
+
+
+def _libvirt(one: LibvirtFact) -> Iterator[Finding]:
+    if one.problem:
+        text = f"{not_reached(one)}; its VMs can be ended, not started, and their ports are not known"
+        yield Finding(ERROR, "libvirt", text, _reach(one))
+    if one.autostart:
+        text = (
+            f"autostart: libvirt ({one.uri}) may start these by itself when it starts, at boot at the "
+            f"latest, also after an off: {_some(one.autostart)}"
+        )
+        yield Finding(WARNING, "libvirt", text, "virsh autostart --disable VM, unless that is wanted")
+
+
+def _reach(one: LibvirtFact) -> str:
+    """What to do, by libvirt's English words; the last one fits whatever it says."""
+    problem = one.problem.lower()
+    if "module is missing" in problem:
+        return "install python3-libvirt, then restart vmchanneld"
+    if any(word in problem for word in ("permission denied", "access denied", "authentication")):
+        return "run vmchanneld as root (qemu:///session: as that user), or permit it in libvirtd.conf"
+    if any(word in problem for word in ("connection refused", "no such file")):
+        return "start it (systemctl start libvirtd, or virtqemud); see `uri` in host.yaml"
+    return f"see whether `virsh -c {shlex.quote(one.uri)} list` answers; if it hangs, restart libvirtd"
 
 
 def _journal(one: JournalFact) -> Iterator[Finding]:

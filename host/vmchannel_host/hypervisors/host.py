@@ -27,7 +27,7 @@ from vmchannel_host.hypervisors.process import ProcessGone, ProcessTable, Uniden
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.resetting import reset_instance
 from vmchannel_host.hypervisors.scanner import Scan
-from vmchannel_host.hypervisors.source import Conflict, Source, Starter
+from vmchannel_host.hypervisors.source import Conflict, LibvirtState, Source, Starter
 from vmchannel_host.model import (
     EndCause,
     EndProof,
@@ -60,6 +60,7 @@ class HostHypervisor:
         clock: Callable[[], float],
         ports: str,
         definers: Sequence[Definer] = (),
+        libvirts: Sequence[Callable[[], LibvirtState]] = (),
         scan_s: float = SCAN_S,
     ) -> None:
         """
@@ -72,6 +73,7 @@ class HostHypervisor:
             clock: CLOCK_BOOTTIME in seconds.
             ports: our directory for the sockets of ports that are plugged into bare QEMUs.
             definers: what defines VMs, and plugs ports into those.
+            libvirts: how it stands with each libvirt among the sources.
             scan_s: between two scans, seconds.
         """
         self._watch = watch
@@ -79,6 +81,7 @@ class HostHypervisor:
         self._starters = tuple(starters)
         self._host = host
         self._clock = clock
+        self._libvirts = tuple(libvirts)
         self._scan_s = scan_s
         bare = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
         self._pluggers = Pluggers(watch.table, bare, definers)
@@ -88,6 +91,10 @@ class HostHypervisor:
     def processes(self) -> ProcessTable:
         """The processes of this host."""
         return self._watch.processes
+
+    def libvirts(self) -> tuple[LibvirtState, ...]:
+        """How it stands with each configured libvirt. Reads memory only."""
+        return tuple(state() for state in self._libvirts)
 
     async def run(self) -> None:
         """Follow the VMs until cancelled."""

@@ -31,6 +31,16 @@ class Answer:
     unknown: tuple[UnknownProcess, ...] = ()  # what may be of any VM
 
 
+@dataclass(frozen=True, slots=True)
+class LibvirtState:
+    """A configured libvirt, for the operator. Texts are libvirt's, untrusted."""
+
+    uri: str
+    problem: str = ""  # why it is not used; "" while it answers, or was not tried yet
+    since: float = 0.0  # of the problem: wall clock, seconds
+    autostart: tuple[tuple[VmUuid, str], ...] = ()  # domains that it starts by itself, with their names
+
+
 class Source(Protocol):
     """Tells what the QEMU processes of this host do: QMP sockets, a connection to libvirt.
 

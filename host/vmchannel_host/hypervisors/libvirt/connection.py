@@ -38,11 +38,19 @@ class Patience:
 class Connection:
     """One URI. While it is lost, calls fail at once."""
 
-    def __init__(self, uri: str, open_link: OpenLink, on_event: Callable[[LibvirtEvent], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        open_link: OpenLink,
+        on_event: Callable[[LibvirtEvent], None],
+        wall_clock: Callable[[], float],
+    ) -> None:
         """`on_event` gets the events of the open link, but `Closed`: in the event loop, in order."""
         self.uri = uri
         self.problem = "it has not been reached yet"  # why there is no link; "" when there is
         self.attempted = asyncio.Event()  # it was tried; of a link that is open `session` sets it
+        self.since = wall_clock()  # when the problem began, seconds
+        self._wall_clock = wall_clock
         self._open_link = open_link
         self._on_event = on_event
         self._opening = DetachedCalls(1)  # one that hangs is waited for: a second one would hang beside it
@@ -154,6 +162,8 @@ class Connection:
         """One line when the problem changes, not one for each attempt."""
         if problem != self.problem:
             log.warning("libvirt is not usable: %s", problem[:500])
+        if not self.problem:
+            self.since = self._wall_clock()
         self.problem = problem
 
 

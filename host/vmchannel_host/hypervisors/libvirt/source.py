@@ -30,7 +30,7 @@ from vmchannel_host.hypervisors.libvirt.saved import SavedMemory, read_saved_mem
 from vmchannel_host.hypervisors.libvirt.words import DomainRecord
 from vmchannel_host.hypervisors.monitors import MonitorMute
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.hypervisors.source import Answer, Conflict
+from vmchannel_host.hypervisors.source import Answer, Conflict, LibvirtState
 from vmchannel_host.model import Migration, ProcessIdentity, RunState, UnknownProcess, VmUuid
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,12 @@ class LibvirtSource:
         self._patience = settings.patience
         self._watch = watch
         self._wall_clock = wall_clock
-        self._connection = Connection(settings.uri, open_link, self._on_event)
+        self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
         self._probes = Probes()
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
         self._listed = False  # libvirt has told all that it has, once
+        self._mute = ""  # why the link that there is does not answer
+        self._mute_since = 0.0
         self._followed: dict[VmUuid, Followed] = {}
         self._ended: dict[tuple[VmUuid, int], None] = {}  # executions seen to end through this link
         self._home = ""  # where this libvirt keeps what its QEMUs need; learnt from the first of them
@@ -86,6 +88,16 @@ class LibvirtSource:
 
     def __str__(self) -> str:
         return self.uri
+
+    def state(self) -> LibvirtState:
+        """How it stands with this libvirt, from memory."""
+        problem, since = self._mute, self._mute_since
+        if not self._connection.open:
+            problem, since = self._connection.problem, self._connection.since
+        if not self._connection.attempted.is_set():
+            problem = ""
+        auto = tuple((one.vm_uuid, one.name) for one in self._domains.values() if one.autostart)
+        return LibvirtState(self.uri, problem.removeprefix(f"{self.uri}: "), since, auto)
 
     # --- Source
 
@@ -282,7 +294,14 @@ class LibvirtSource:
             asyncio.get_running_loop().call_later(RETRY_S, self._look_at, vm)
 
     async def _relist(self, *, timeout_s: float) -> None:
-        records = await self._connection.call("list", lambda link: link.domains(), timeout_s=timeout_s)
+        try:
+            records = await self._connection.call("list", lambda link: link.domains(), timeout_s=timeout_s)
+        except HypervisorError as error:
+            if not self._mute:
+                self._mute_since = self._wall_clock()
+            self._mute = f"{error}"
+            raise
+        self._mute = ""
         self._domains = {record.vm_uuid: record for record in records}
         self._listed = True
         for record in records:

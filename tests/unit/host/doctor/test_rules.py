@@ -14,6 +14,7 @@ from vmchannel_host.doctor.facts import (
     DaemonFacts,
     DirectoryFact,
     JournalFact,
+    LibvirtFact,
     MachineFacts,
     PolicyFact,
     PortFact,
@@ -217,3 +218,31 @@ def assert_says(found: Finding, level: str, words: list[str]) -> None:
     """The finding has that level and these words somewhere."""
     text = " ".join((found.subject, found.text, found.remedy))
     assert (found.level, [word for word in words if word not in text]) == (level, []), found
+
+
+@pytest.mark.parametrize(
+    ("problem", "remedy"),
+    [
+        ("Failed to connect socket to '/run/libvirt/libvirt-sock': Connection refused", "start it"),
+        ("Failed to connect socket to '/run/libvirt/libvirt-sock': No such file or directory", "start it"),
+        ("Failed to connect socket to '/run/libvirt/libvirt-sock': Permission denied", "as root"),
+        ("libvirt's Python module is missing: No module named 'libvirt'", "python3-libvirt"),
+        ("list has not returned in time", "virsh -c qemu:///system list"),
+    ],
+)
+def test_a_libvirt_that_is_not_reached(problem: str, remedy: str) -> None:
+    fact = LibvirtFact("qemu:///system", problem + "\n", since=86400.0)
+    found = only(daemon=replace(DAEMON, libvirts=(fact,)))
+    assert_says(found, "error", ["qemu:///system", problem, "1970-01-02 00:00:00 UTC"])
+    assert remedy in found.remedy
+    assert "\n" not in found.text
+
+
+def test_a_libvirt_that_answers_is_no_finding() -> None:
+    assert judge(MACHINE, replace(DAEMON, libvirts=(LibvirtFact("qemu:///system"),))) == ()
+
+
+def test_what_libvirt_starts_by_itself() -> None:
+    fact = LibvirtFact("qemu:///system", autostart=("vm1",))
+    found = only(daemon=replace(DAEMON, libvirts=(fact,)))
+    assert_says(found, "warning", ["autostart", "after an off", "vm1"])

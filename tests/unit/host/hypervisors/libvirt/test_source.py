@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`LibvirtSource` and its connection over a libvirt that is made up: lost, mute, ambiguous."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from vmchannel_host.hypervisors.libvirt.connection import Patience
+from vmchannel_host.hypervisors.libvirt.link import (
+    Closed,
+    DomainTexts,
+    LibvirtError,
+    Link,
+    NoSuchDomain,
+    Sink,
+)
+from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
+from vmchannel_host.hypervisors.libvirt.words import SHUTOFF, DomainRecord
+from vmchannel_host.hypervisors.monitors import MonitorMute
+from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id, read_pid_namespace
+from vmchannel_host.hypervisors.process_watch import ProcessWatch
+from vmchannel_host.model import HostName, VmUuid
+
+URI = "test:///made-up"
+VM1 = VmUuid("11111111-1111-4111-8111-111111111111")
+VM2 = VmUuid("22222222-2222-4222-8222-222222222222")
+PATIENCE = Patience(open_s=60.0, command_s=60.0, ask_s=60.0, first_retry_s=0.01, last_retry_s=0.02)
+
+
+class MadeUpLibvirt:
+    """The libvirt behind all links; while `answers` is not set every call hangs."""
+
+    def __init__(self, *records: DomainRecord) -> None:
+        self.domains = {one.vm_uuid: one for one in records}
+        self.answers = threading.Event()
+        self.answers.set()
+        self.refuses = ""
+        self.sinks: list[Sink] = []
+        self.removed: list[VmUuid] = []
+        self.created: list[VmUuid] = []
+
+    def open(self, uri: str, sink: Sink) -> Link:
+        if self.refuses:
+            raise LibvirtError(f"{uri}: {self.refuses}")
+        self.sinks.append(sink)
+        return MadeUpLink(self)
+
+
+class MadeUpLink:
+    """Implements `Link`."""
+
+    def __init__(self, libvirt: MadeUpLibvirt) -> None:
+        self._libvirt = libvirt
+
+    def domains(self) -> Sequence[DomainRecord]:
+        self._libvirt.answers.wait()
+        return list(self._libvirt.domains.values())
+
+    def domain(self, vm: VmUuid) -> DomainRecord:
+        self._libvirt.answers.wait()
+        if vm not in self._libvirt.domains:
+            raise NoSuchDomain(vm)
+        return self._libvirt.domains[vm]
+
+    def xml(self, vm: VmUuid) -> str:
+        return f"<domain><uuid>{vm}</uuid></domain>"
+
+    def probe(self, vm: VmUuid) -> int | None:
+        self._libvirt.answers.wait()
+        return None
+
+    def settle(self) -> None:
+        self._libvirt.answers.wait()
+
+    def remove_managed_save(self, vm: VmUuid) -> bool:
+        self._libvirt.answers.wait()
+        self._libvirt.removed.append(vm)
+        return True
+
+    def create(self, vm: VmUuid) -> None:
+        self._libvirt.created.append(vm)
+
+    def reset(self, vm: VmUuid) -> None:
+        raise LibvirtError("not here")
+
+    def definitions(self, vm: VmUuid) -> DomainTexts:
+        raise LibvirtError("not here")
+
+    def attach_device(self, vm: VmUuid, xml: str, *, live: bool, config: bool) -> None:
+        raise LibvirtError("not here")
+
+    def detach_device(self, vm: VmUuid, xml: str, *, live: bool) -> None:
+        raise LibvirtError("not here")
+
+    def close(self) -> None:
+        pass
+
+
+def defined(vm: VmUuid, name: str, *, autostart: bool = False) -> DomainRecord:
+    return DomainRecord(vm, name, -1, SHUTOFF, 0, autostart=autostart)
+
+
+@asynccontextmanager
+async def running(
+    libvirt: MadeUpLibvirt, saves: Path, patience: Patience = PATIENCE
+) -> AsyncGenerator[LibvirtSource]:
+    """A source that has tried to reach its libvirt; no process is scanned."""
+    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
+    watch = ProcessWatch(processes, host=HostName("host1"), clock=lambda: 0.0)
+    settings = LibvirtSettings(URI, saves, patience)
+    source = LibvirtSource(settings, watch, libvirt.open, wall_clock=lambda: 1000.0)
+
+    async def find() -> None:
+        await source.find(timeout_s=60.0)
+
+    task = asyncio.create_task(watch.run(find()))
+    try:
+        yield source
+    finally:
+        libvirt.answers.set()
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60.0):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_lost_connection_is_told_and_opened_again(tmp_path: Path) -> None:
+    libvirt = MadeUpLibvirt(defined(VM1, "vm1"))
+    async with running(libvirt, tmp_path) as source:
+        await until(lambda: source.can_start(VM1, "vm1"))
+        assert source.state().problem == ""
+        libvirt.refuses = "Connection refused"
+        libvirt.sinks[0](Closed("end of file"))
+        await until(lambda: source.state().problem == "Connection refused")
+        assert source.state().since == 1000.0
+        assert not source.can_start(VM1, "vm1")
+        libvirt.refuses = ""
+        await until(lambda: source.can_start(VM1, "vm1"))
+        assert source.state().problem == ""
+        assert len(libvirt.sinks) == 2
+
+
+async def test_what_an_earlier_link_tells_does_not_end_the_present_one(tmp_path: Path) -> None:
+    libvirt = MadeUpLibvirt(defined(VM1, "vm1"))
+    async with running(libvirt, tmp_path) as source:
+        await until(lambda: source.can_start(VM1, "vm1"))
+        libvirt.sinks[0](Closed("end of file"))
+        await until(lambda: len(libvirt.sinks) == 2 and source.can_start(VM1, "vm1"))
+        libvirt.sinks[0](Closed("end of file, once more"))
+        await source.ask(None, deadline=asyncio.get_running_loop().time() + 60.0)
+        assert source.can_start(VM1, "vm1")
+        assert len(libvirt.sinks) == 2
+
+
+async def test_a_mute_libvirt_holds_a_call_until_its_deadline_only(tmp_path: Path) -> None:
+    libvirt = MadeUpLibvirt(defined(VM1, "vm1"))
+    async with running(libvirt, tmp_path) as source:
+        await until(lambda: source.can_start(VM1, "vm1"))
+        libvirt.answers.clear()
+        async with asyncio.timeout(60.0):
+            with pytest.raises(MonitorMute):
+                await source.state_of(VM1, timeout_s=0.05)
+            await source.ask(None, deadline=asyncio.get_running_loop().time() + 0.1)
+        assert source.state().problem != ""
+        libvirt.answers.set()
+        await source.ask(None, deadline=asyncio.get_running_loop().time() + 60.0)
+        assert source.state().problem == ""
+
+
+async def test_saved_memory_is_not_called_removed_when_libvirt_is_mute(tmp_path: Path) -> None:
+    libvirt = MadeUpLibvirt(defined(VM1, "vm1"))
+    async with running(libvirt, tmp_path / "not there") as source:
+        await until(lambda: source.can_start(VM1, "vm1"))
+        libvirt.answers.clear()
+        assert await source.discard_memory(VM1, timeout_s=0.05) == ()
+        assert libvirt.removed == []
+        answer = await source.ask(VM1, deadline=asyncio.get_running_loop().time() + 5.0)
+        assert [vm for vm, _ in answer.silent] == [VM1]  # so nobody calls it off
+        libvirt.answers.set()
+        assert await source.discard_memory(VM1, timeout_s=60.0) != ()
+
+
+async def test_of_two_domains_with_one_name_the_uuid_decides(tmp_path: Path) -> None:
+    libvirt = MadeUpLibvirt(defined(VM1, "vm"), defined(VM2, "vm", autostart=True))
+    async with running(libvirt, tmp_path) as source:
+        await until(lambda: source.can_start(VM1, "vm"))
+        assert source.state().autostart == ((VM2, "vm"),)
+        await source.start(VM2, "vm", timeout_s=60.0)
+        assert libvirt.created == [VM2]
+        assert not source.can_start(VmUuid("33333333-3333-4333-8333-333333333333"), "vm")
