@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.rig.kernel import RigError
 from tests.rig.qemu import VmSpec, qemu_command
+from tests.rig.unix_sockets import all_listening
 
 _END_S = 20
 
@@ -31,7 +32,7 @@ class Vm:
         self._reapers: list[threading.Thread] = []
 
     def start(self, *, timeout_s: float = 20) -> None:
-        """Start QEMU and wait until all its sockets are there.
+        """Start QEMU and wait until it listens on all its sockets.
 
         Raises:
             RigError: it ended, or does not listen in time; the message carries what it said.
@@ -50,7 +51,7 @@ class Vm:
         reaper.start()
         self._reapers.append(reaper)
         deadline = time.monotonic() + timeout_s
-        while not all(path.exists() for path in wanted):
+        while not (self.spec.pid_file.exists() and all_listening(self.spec.sockets)):
             if not reaper.is_alive() or time.monotonic() > deadline:
                 raise RigError(f"{self.spec.name} did not start: {self.spec.qemu_log.read_text()[-2000:]}")
             time.sleep(0.005)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tests.fakes import qmp_server
+from tests.rig.unix_sockets import all_listening
 from vmchannel_host.hypervisors import BeforeKill, Ended, HypervisorEvent, Seen
 from vmchannel_host.hypervisors.follower import Timings
 from vmchannel_host.hypervisors.host import HostHypervisor
@@ -33,7 +34,6 @@ from vmchannel_host.model import HostName, Instance, InstanceEnded, Look, Proces
 QEMU = "/usr/bin/qemu-system-x86_64"
 HOST = HostName("hv-test")
 FAKE = "qemu-system-scripted"
-_ACCEPTS = 1 << 16  # __SO_ACCEPTCON, among the flags of /proc/net/unix
 QUICK = Timings(connect_s=1.0, command_s=1.0, poll_s=5.0, last_retry_s=0.5)
 
 
@@ -143,7 +143,7 @@ class Rig:
         self._started.append(started)
         deadline = time.monotonic() + 30
         ports = [Path(found) for word in command for found in re.findall(r"path=([^,]+),server=on", word)]
-        while not all(map(_listens, [path, *ports])):  # QEMU opens them in no order of ours
+        while not all_listening([path, *ports]):  # QEMU opens them in no order of ours
             assert process.poll() is None, f"QEMU ended at once: {command}"
             assert time.monotonic() < deadline, "QEMU opened no monitor in 30 s"
             time.sleep(0.01)
@@ -154,15 +154,6 @@ class Rig:
             qemu.close()
         for session in self._sessions:
             os.killpg(session, signal.SIGKILL)
-
-
-def _listens(path: Path) -> bool:
-    """Without connecting: that would take the monitor's one place. A path that is only bound refuses."""
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        _, _, _, flags, _, _, _, *name = line.split(maxsplit=7)
-        if name == [str(path)] and int(flags, 16) & _ACCEPTS:
-            return True
-    return False
 
 
 class Host:
