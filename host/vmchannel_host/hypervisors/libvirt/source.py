@@ -422,8 +422,21 @@ class LibvirtSource:
             record = await self._connection.call("ask", lambda link: link.domain(vm), timeout_s=0.5)
             managed = record.managed_save
         except HypervisorError as error:
-            log.warning("vm=%s was saved, and where is unknown: %s", vm, error)
+            if vm in (await self._saved_on_disk(SAVES_S)).vm_uuids:
+                managed = True
+            else:
+                log.warning("vm=%s was saved, and where is unknown: %s", vm, error)
         one.stopped(event, managed_save=managed)
+
+    async def _saved_on_disk(self, timeout_s: float) -> SavedMemory:
+        """What a libvirt that does not answer keeps; never raises."""
+        directory = self._settings.saves
+        try:
+            return await self._watch.calls.call(
+                "read managed saves", lambda: read_saved_memory(directory), timeout_s=timeout_s
+            )
+        except NotProven as error:
+            return SavedMemory(frozenset(), f"{error}")
 
     # --- what a look says
 
@@ -444,13 +457,7 @@ class LibvirtSource:
     async def _answer_from_disk(self, vm: VmUuid | None, problem: str, deadline: float) -> Answer:
         """libvirt is mute. Its processes are found without it; what it has saved stands on the disk (S0)."""
         left_s = max(0.05, min(SAVES_S, deadline - asyncio.get_running_loop().time()))
-        directory = self._settings.saves
-        try:
-            saved = await self._watch.calls.call(
-                "read managed saves", lambda: read_saved_memory(directory), timeout_s=left_s
-            )
-        except NotProven as error:
-            saved = SavedMemory(frozenset(), f"{error}")
+        saved = await self._saved_on_disk(left_s)
         text = f"libvirt ({self.uri}) does not answer"
         silent = [
             (one, f"{text}, and keeps a managed save of it")
