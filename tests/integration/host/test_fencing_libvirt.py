@@ -98,9 +98,11 @@ async def test_a_reboot_resets_the_domain_in_its_process(
 
 
 async def until_saved(site: Site, domain: Domain) -> None:
-    """Wait until the daemon knows that libvirt keeps the domain's memory."""
+    """Wait until the daemon knows that the domain has ended and that libvirt keeps its memory."""
     async with asyncio.timeout(WAIT_S):
         while "keeps a managed save" not in (await site.fence("on", domain.name))["reason"]:
+            await asyncio.sleep(0.1)
+        while await site.status(domain.name) != "unknown":  # until its end is known it counts as on
             await asyncio.sleep(0.1)
 
 
