@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.integration.libvirt import hammer
 from tests.integration.libvirt.conftest import a_libvirtd
 from tests.integration.libvirt.libvirt_rig import (
     LibvirtHost,
@@ -70,6 +73,17 @@ async def test_a_libvirtd_that_hangs_stops_no_fence_and_is_followed_again(own: L
         again = await host.until_running(second)
         assert again.identity == other.identity
         await proves_off(host, first)
+
+
+def test_many_calls_to_a_libvirtd_that_hangs_do_not_end_the_process(own: Libvirtd) -> None:
+    """libvirt's client does that to a process whose threads share a connection (CVE-2024-4418)."""
+    done = subprocess.run(
+        [sys.executable, "-m", hammer.__name__, own.uri, str(own.pid)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_libvirtd_that_hangs_with_saved_memory_keeps_its_vm_from_being_off(own: Libvirtd) -> None:

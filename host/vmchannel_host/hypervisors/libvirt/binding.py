@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final, TypeVar, cast
 
@@ -21,6 +23,7 @@ from vmchannel_host.hypervisors.libvirt.link import (
     NoSuchDomain,
     Sink,
 )
+from vmchannel_host.hypervisors.libvirt.pool import ConnectionPool
 from vmchannel_host.hypervisors.libvirt.words import DomainRecord
 from vmchannel_host.model import VmUuid
 
@@ -34,7 +37,7 @@ SETTLE_S: Final = 5.0
 T = TypeVar("T")
 
 
-def open_link(uri: str, sink: Sink) -> Link:
+def open_link(uri: str, sink: Sink, *, keepalive: tuple[int, int] = KEEPALIVE) -> Link:
     """Implements `OpenLink`."""
     try:
         thread = event_thread()
@@ -43,13 +46,10 @@ def open_link(uri: str, sink: Sink) -> Link:
     except ImportError as error:
         raise LibvirtError(f"{uri}: libvirt's Python module is missing: {error}") from error
     libvirt.registerErrorHandler(_quiet, None)
-    try:
-        connection = libvirt.open(uri)
-    except libvirt.libvirtError as error:
-        raise LibvirtError(f"{uri}: {_reason(error)}") from error
-    link = _PythonLink(uri, libvirt, qemu, connection, thread)
+    link = _PythonLink(uri, libvirt, qemu, thread)
     try:
         link.subscribe(sink)
+        link.watch(sink, keepalive)
     except BaseException:
         link.close()
         raise
@@ -57,20 +57,27 @@ def open_link(uri: str, sink: Sink) -> Link:
 
 
 class _PythonLink:
-    """Implements `Link`."""
+    """Implements `Link`, with connections of three kinds, so that no two threads meet in one (see `pool`).
 
-    def __init__(self, uri: str, libvirt: Any, qemu: Any, connection: Any, thread: EventThread) -> None:
+    One tells events, and has no calls but those of `settle`, which are about their order. One has keepalive,
+    which libvirt's event thread sends. The pool's are for all other calls.
+    """
+
+    def __init__(self, uri: str, libvirt: Any, qemu: Any, thread: EventThread) -> None:
         self._uri = uri
         self._libvirt = libvirt
         self._qemu = qemu
-        self._connection = connection
         self._thread = thread
+        self._pool: ConnectionPool[Any] = ConnectionPool(self._open, self._leave)
+        self._telling: Any = None  # the connection that events come through
+        self._settling = threading.Lock()  # held for each call on it
+        self._watchdog: Any = None  # the one with keepalive
         self._callbacks: list[int] = []
         self._monitor_callback: int | None = None
 
     def subscribe(self, sink: Sink) -> None:
         """Have all events given to `sink`."""
-        library, connection = self._libvirt, self._connection
+        library = self._libvirt
 
         def lifecycle(_: object, domain: Any, event: int, detail: int, __: object) -> None:
             sink(Lifecycle(_uuid(domain), domain.ID(), event, detail))
@@ -83,60 +90,74 @@ class _PythonLink:
         ) -> None:
             sink(MonitorEvent(_uuid(domain), domain.ID(), event, _data(text), seconds + micros / 1e6))
 
-        def closed(_: object, reason: int, __: object) -> None:
-            sink(Closed(f"{self._uri}: the connection has ended ({_CLOSE_REASONS.get(reason, reason)})"))
-
         def register() -> None:
-            connection.registerCloseCallback(closed, None)
             for event, handler in (
                 (library.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
                 (library.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, changed),
                 (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, changed),
             ):
-                self._callbacks.append(connection.domainEventRegisterAny(None, event, handler, None))
+                self._callbacks.append(self._telling.domainEventRegisterAny(None, event, handler, None))
             self._monitor_callback = self._qemu.qemuMonitorEventRegister(
-                connection, None, None, monitor, None
+                self._telling, None, None, monitor, None
             )
-            connection.setKeepAlive(*KEEPALIVE)
 
+        self._telling = self._open()
+        self._call(lambda: self._tell_end(self._telling, sink))
         self._call(register)
 
+    def watch(self, sink: Sink, keepalive: tuple[int, int]) -> None:
+        """Tell `sink` when libvirtd does not answer any more: seconds between questions, how many."""
+        self._watchdog = self._open()
+        self._call(lambda: self._tell_end(self._watchdog, sink))
+        self._call(lambda: self._watchdog.setKeepAlive(*keepalive))
+
+    def _tell_end(self, connection: Any, sink: Sink) -> None:
+        def closed(_: object, reason: int, __: object) -> None:
+            sink(Closed(f"{self._uri}: the connection has ended ({_CLOSE_REASONS.get(reason, reason)})"))
+
+        connection.registerCloseCallback(closed, None)
+
     def domains(self) -> Sequence[DomainRecord]:
-        saved = {_uuid(one) for one in self._list(self._libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)}
-        auto = {_uuid(one) for one in self._list(self._libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART)}
-        found: list[DomainRecord] = []
-        for domain in self._list(0):
-            try:
-                found.append(self._record(domain, _uuid(domain) in saved, _uuid(domain) in auto))
-            except NoSuchDomain:
-                continue  # it ended, or was undefined, meanwhile
-        return found
+        library = self._libvirt
+        with self._pool.borrow() as connection:
+
+            def listed(flags: int) -> list[Any]:
+                return cast("list[Any]", self._call(lambda: connection.listAllDomains(flags)))
+
+            saved = {_uuid(one) for one in listed(library.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)}
+            auto = {_uuid(one) for one in listed(library.VIR_CONNECT_LIST_DOMAINS_AUTOSTART)}
+            found: list[DomainRecord] = []
+            for domain in listed(0):
+                try:
+                    found.append(self._record(domain, _uuid(domain) in saved, _uuid(domain) in auto))
+                except NoSuchDomain:
+                    continue  # it ended, or was undefined, meanwhile
+            return found
 
     def domain(self, vm: VmUuid) -> DomainRecord:
-        domain = self._lookup(vm)
+        with self._borrowed(vm) as domain:
 
-        def flags() -> tuple[bool, bool]:
-            return bool(domain.hasManagedSaveImage()), bool(domain.autostart())
+            def flags() -> tuple[bool, bool]:
+                return bool(domain.hasManagedSaveImage()), bool(domain.autostart())
 
-        try:
-            saved, auto = self._call(flags)
-        except NoSuchDomain:
-            raise
-        except LibvirtError:  # a transient domain has neither
-            saved, auto = False, False
-        return self._record(domain, saved, auto)
+            try:
+                saved, auto = self._call(flags)
+            except NoSuchDomain:
+                raise
+            except LibvirtError:  # a transient domain has neither
+                saved, auto = False, False
+            return self._record(domain, saved, auto)
 
     def xml(self, vm: VmUuid) -> str:
-        domain = self._lookup(vm)
-        return cast(str, self._call(domain.XMLDesc))
+        with self._borrowed(vm) as domain:
+            return cast(str, self._call(domain.XMLDesc))
 
     def probe(self, vm: VmUuid) -> int | None:
-        domain = self._lookup(vm)
-        wanted = (
-            self._libvirt.VIR_DOMAIN_STATS_IOTHREAD
-        )  # asks QEMU, whether the domain has such threads or not
-        self._call(lambda: self._connection.domainListGetStats([domain], wanted, 0))
-        job = self._call(domain.jobStats)
+        # These ask QEMU, whether the domain has such threads or not.
+        wanted = self._libvirt.VIR_DOMAIN_STATS_IOTHREAD
+        with self._borrowed(vm) as domain:
+            self._call(lambda: domain.connect().domainListGetStats([domain], wanted, 0))
+            job = self._call(domain.jobStats)
         if not job.get("type"):
             return None
         return int(job.get("operation", 0))
@@ -144,73 +165,93 @@ class _PythonLink:
     def settle(self) -> None:
         # libvirtd hands out events in its main loop, which also reads requests. An event that it had before
         # the first of these is on its way to us before it reads the third, so before that one's answer.
-        for _ in range(3):
-            self._call(self._connection.numOfDomains)
+        with self._settling:
+            for _ in range(3):
+                self._call(self._telling.numOfDomains)
         try:
             self._thread.settle(timeout_s=SETTLE_S)
         except TimeoutError as error:
             raise LibvirtError(f"{self._uri}: its events are not delivered") from error
 
     def remove_managed_save(self, vm: VmUuid) -> bool:
-        domain = self._lookup(vm)
-        if not self._call(domain.hasManagedSaveImage):
-            return False
-        self._call(domain.managedSaveRemove)
-        return True
+        with self._borrowed(vm) as domain:
+            if not self._call(domain.hasManagedSaveImage):
+                return False
+            self._call(domain.managedSaveRemove)
+            return True
 
     def create(self, vm: VmUuid) -> None:
-        domain = self._lookup(vm)
         # S0: whatever was saved meanwhile is not continued.
-        self._call(lambda: domain.createWithFlags(self._libvirt.VIR_DOMAIN_START_FORCE_BOOT))
+        flags = self._libvirt.VIR_DOMAIN_START_FORCE_BOOT
+        with self._borrowed(vm) as domain:
+            self._call(lambda: domain.createWithFlags(flags))
 
     def reset(self, vm: VmUuid) -> None:
-        self._call(self._lookup(vm).reset)
+        with self._borrowed(vm) as domain:
+            self._call(domain.reset)
 
     def definitions(self, vm: VmUuid) -> DomainTexts:
-        domain = self._lookup(vm)
+        with self._borrowed(vm) as domain:
 
-        def read() -> DomainTexts:
-            live = domain.XMLDesc(0) if domain.isActive() else None
-            if not domain.isPersistent():
-                return DomainTexts(live, None, False)
-            config = domain.XMLDesc(self._libvirt.VIR_DOMAIN_XML_INACTIVE)
-            return DomainTexts(live, config, bool(domain.hasManagedSaveImage()))
+            def read() -> DomainTexts:
+                live = domain.XMLDesc(0) if domain.isActive() else None
+                if not domain.isPersistent():
+                    return DomainTexts(live, None, False)
+                config = domain.XMLDesc(self._libvirt.VIR_DOMAIN_XML_INACTIVE)
+                return DomainTexts(live, config, bool(domain.hasManagedSaveImage()))
 
-        return self._call(read)
+            return self._call(read)
 
     def attach_device(self, vm: VmUuid, xml: str, *, live: bool, config: bool) -> None:
         library = self._libvirt
         flags = (live and library.VIR_DOMAIN_AFFECT_LIVE) | (config and library.VIR_DOMAIN_AFFECT_CONFIG)
-        domain = self._lookup(vm)
-        self._call(lambda: domain.attachDeviceFlags(xml, flags))
+        with self._borrowed(vm) as domain:
+            self._call(lambda: domain.attachDeviceFlags(xml, flags))
 
     def detach_device(self, vm: VmUuid, xml: str, *, live: bool) -> None:
         library = self._libvirt
         flags = library.VIR_DOMAIN_AFFECT_LIVE if live else library.VIR_DOMAIN_AFFECT_CONFIG
-        domain = self._lookup(vm)
-        self._call(lambda: domain.detachDeviceFlags(xml, flags))
+        with self._borrowed(vm) as domain:
+            self._call(lambda: domain.detachDeviceFlags(xml, flags))
 
     def close(self) -> None:
-        connection = self._connection
-
-        def deregister() -> None:
-            connection.unregisterCloseCallback()
+        def forget_events() -> None:
+            self._telling.unregisterCloseCallback()
             for callback in self._callbacks:
-                connection.domainEventDeregisterAny(callback)
+                self._telling.domainEventDeregisterAny(callback)
             if self._monitor_callback is not None:
-                self._qemu.qemuMonitorEventDeregister(connection, self._monitor_callback)
+                self._qemu.qemuMonitorEventDeregister(self._telling, self._monitor_callback)
 
-        for step in (deregister, connection.close):
-            try:
-                self._call(step)
-            except LibvirtError as error:
-                log.debug("closing: %s", error)
+        def forget_watchdog() -> None:
+            self._watchdog.unregisterCloseCallback()
+            self._watchdog.setKeepAlive(0, 0)
 
-    def _list(self, flags: int) -> list[Any]:
-        return cast("list[Any]", self._call(lambda: self._connection.listAllDomains(flags)))
+        self._pool.close()
+        if self._watchdog is not None:
+            self._try(forget_watchdog)
+            self._leave(self._watchdog)
+        if self._telling is not None:
+            with self._settling:
+                self._try(forget_events)
+                self._leave(self._telling)
 
-    def _lookup(self, vm: VmUuid) -> Any:
-        return self._call(lambda: self._connection.lookupByUUIDString(vm))
+    def _open(self) -> Any:
+        return self._call(lambda: self._libvirt.open(self._uri))
+
+    def _leave(self, connection: Any) -> None:
+        self._try(connection.close)
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            self._call(step)
+        except LibvirtError as error:
+            log.debug("closing: %s", error)
+
+    @contextmanager
+    def _borrowed(self, vm: VmUuid) -> Generator[Any]:
+        """The domain, on a connection that no other call uses meanwhile."""
+        with self._pool.borrow() as connection:
+            yield self._call(lambda: connection.lookupByUUIDString(vm))
 
     def _record(self, domain: Any, saved: bool, auto: bool) -> DomainRecord:
         state, reason = self._call(domain.state)

@@ -78,7 +78,11 @@ def _threaded(aio: Any) -> Callable[..., Any]:
             self._pending_inc()
 
         def _update_handle(self, watch: int, event: int) -> None:
-            self._hand_over(plain._update_handle, self, watch, event)
+            self._hand_over(self._update, plain._update_handle, watch, event)
+
+        def _update(self, change: Callable[..., object], iden: int, value: int) -> None:
+            if iden in self.callbacks:  # a timer that rings while it is stopped still updates itself
+                change(self, iden, value)
 
         def _remove_handle(self, watch: int) -> int:
             self._hand_over(plain._remove_handle, self, watch)
@@ -95,7 +99,7 @@ def _threaded(aio: Any) -> Callable[..., Any]:
             self._pending_inc()
 
         def _update_timeout(self, timer: int, timeout: int) -> None:
-            self._hand_over(plain._update_timeout, self, timer, timeout)
+            self._hand_over(self._update, plain._update_timeout, timer, timeout)
 
         def _remove_timeout(self, timer: int) -> int:
             self._hand_over(plain._remove_timeout, self, timer)
