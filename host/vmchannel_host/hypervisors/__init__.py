@@ -74,7 +74,7 @@ class Plugged:
 class Definitions:
     """The VMs that have a persistent definition here, whether they run or not."""
 
-    names: Mapping[VmUuid, str]  # untrusted text
+    names: Mapping[VmUuid, str]  # untrusted text; the same object while it is true
     problems: tuple[str, ...] = ()  # for people: what may define further VMs, and does not tell
 
 

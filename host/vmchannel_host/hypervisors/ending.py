@@ -23,6 +23,12 @@ STORAGE_TIMEOUT_S = 0.5
 STREAM_TIMEOUT_S = 1.0
 """How long the monitor's stream may take to end after its process has, in seconds."""
 
+WORD_TIMEOUT_S = 5.0
+"""How long libvirt may take to say how an instance ended that was in a migration, in seconds.
+
+To save a VM is such a migration, and no departure. libvirtd has work of its own to do before it says so.
+"""
+
 MAX_SETTLING = 64
 """Ended instances whose image locks are probed on; of further ones the writes stay unproven."""
 
@@ -93,7 +99,7 @@ class Endings:
         await watched.process.wait_ended()
         async with watched.ending:
             if watched.evidence is None:
-                deadline = asyncio.get_running_loop().time() + STREAM_TIMEOUT_S + self._settle_timeout_s
+                deadline = asyncio.get_running_loop().time() + WORD_TIMEOUT_S + self._settle_timeout_s
                 await self._conclude(watched, self._clock(), deadline)
 
     async def settle(self, watched: Watched) -> None:
@@ -214,7 +220,7 @@ class Endings:
         """The pidfd has fired: gather the rest of the evidence and report it."""
         elapsed_ms = round((self._clock() - began) * 1000)
         monitor = watched.monitor
-        read_to_end = await _read_to_end(monitor)
+        read_to_end = await _read_to_end(monitor, _patience(watched, monitor, deadline))
         io = await self._io_state(watched, watched.storage_at_kill, deadline)
         held_back = not read_to_end and monitor is not None and monitor.ends_with_process
         if not read_to_end:
@@ -308,11 +314,18 @@ async def _ended_by(watched: Watched, *, until: float) -> bool:
     return True
 
 
-async def _read_to_end(monitor: InstanceMonitor | None) -> bool:
+def _patience(watched: Watched, monitor: InstanceMonitor | None, deadline: float) -> float:
+    """How long the monitor may take to tell the rest, in seconds."""
+    if monitor is None or monitor.ends_with_process or not watched.departed:
+        return STREAM_TIMEOUT_S
+    return max(STREAM_TIMEOUT_S, min(WORD_TIMEOUT_S, deadline - asyncio.get_running_loop().time()))
+
+
+async def _read_to_end(monitor: InstanceMonitor | None, timeout_s: float) -> bool:
     if monitor is None:
         return True  # nothing was watched, so nothing was missed
     try:
-        async with asyncio.timeout(STREAM_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await monitor.wait_closed()
     except TimeoutError:
         return not monitor.open

@@ -7,6 +7,7 @@ know of the port, and so lose it with the next migration, save or start.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class Definer(Plugger, Protocol):
         ...
 
     def defined(self) -> Mapping[VmUuid, str]:
-        """The VMs that it defines or runs, with their names. Does not wait."""
+        """The VMs that it defines or runs, with their names; the same object while true. Does not wait."""
         ...
 
     def follows(self, identity: ProcessIdentity) -> bool:
@@ -57,11 +58,14 @@ class Pluggers:
         self._table = table
         self._bare = bare
         self._definers = tuple(definers)
+        self._merged: tuple[Sequence[Mapping[VmUuid, str]], Mapping[VmUuid, str]] = ((), {})
 
     def definitions(self) -> Definitions:
         """See `Hypervisor.definitions`."""
-        names = {vm: name for one in self._definers for vm, name in one.defined().items()}
-        return Definitions(names, tuple(one.problem for one in self._definers if one.problem))
+        told = tuple(one.defined() for one in self._definers)
+        if not all(map(operator.is_, told, self._merged[0])) or len(told) != len(self._merged[0]):
+            self._merged = (told, {vm: name for names in told for vm, name in names.items()})
+        return Definitions(self._merged[1], tuple(one.problem for one in self._definers if one.problem))
 
     def of(self, vm: VmUuid) -> Plugger:
         """The one for that VM; a VM that is nowhere is the bare one's to refuse.

@@ -36,6 +36,12 @@ class Followed:
         return not self.watched.process.ended() and self.watched.monitor is self.monitor
 
     @property
+    def ending(self) -> bool:
+        """Whether its process has ended, and how is not settled yet: libvirt's word of it counts."""
+        watched = self.watched
+        return watched.process.ended() and watched.evidence is None and watched.monitor is self.monitor
+
+    @property
     def asked_at(self) -> int:
         """To be given to `learn`: what was heard of a migration when its answers were asked for."""
         return self.watched.migration_events

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeVar
 
 from vmchannel_host.hypervisors import CannotStart, HypervisorError, NotProven
@@ -75,6 +76,7 @@ class LibvirtSource:
         self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
         self._probes = Probes()
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
+        self._names: Mapping[VmUuid, str] | None = None  # of these; None: to be made anew
         self._listed = False  # libvirt has told all that it has, once
         self._mute = ""  # why the link that there is does not answer
         self._mute_since = 0.0
@@ -110,7 +112,7 @@ class LibvirtSource:
         if self._watch.runs and self._task is None:
             self._task = self._watch.spawn(self._run(), f"libvirt {self.uri}")
         for vm, one in list(self._followed.items()):
-            if one.watched.process.ended():
+            if one.watched.process.ended() and not one.ending:
                 self._forget(vm, one)
         for record in list(self._domains.values()):
             if record.active and self._connection.open and record.vm_uuid not in self._followed:
@@ -239,8 +241,13 @@ class LibvirtSource:
         return "" if self._listed else f"{self.uri} has not answered yet"
 
     def defined(self) -> Mapping[VmUuid, str]:
-        """The domains that it defines or runs, with their names, as it told last."""
-        return {vm: record.name for vm, record in self._domains.items()}
+        """The domains that it defines or runs, with their names, as it told last.
+
+        The same object until it tells otherwise.
+        """
+        if self._names is None:
+            self._names = MappingProxyType({vm: record.name for vm, record in self._domains.items()})
+        return self._names
 
     def follows(self, identity: ProcessIdentity) -> bool:
         """Whether it tells of that process."""
@@ -302,7 +309,7 @@ class LibvirtSource:
             self._mute = f"{error}"
             raise
         self._mute = ""
-        self._domains = {record.vm_uuid: record for record in records}
+        self._domains, self._names = {record.vm_uuid: record for record in records}, None
         self._listed = True
         for record in records:
             if record.active:
@@ -316,12 +323,15 @@ class LibvirtSource:
             record = await self._connection.call("ask", lambda link: link.domain(vm), timeout_s=timeout_s)
         except NoSuchDomain:
             self._domains.pop(vm, None)
+            self._names = None
             raise
         except HypervisorError:
             if one is not None:
                 one.mute()
             raise
         self._domains[vm] = record
+        if self._names is not None and self._names.get(vm) != record.name:
+            self._names = None
         if record.active:
             self._follow(record)
         one = self._followed.get(vm)
@@ -346,7 +356,7 @@ class LibvirtSource:
         vm = record.vm_uuid
         present = self._followed.get(vm)
         if present is not None:
-            if present.record.id == record.id and present.alive:
+            if present.record.id == record.id and (present.alive or present.ending):
                 return
             self._forget(vm, present)
         watched = self._process_of(record)
@@ -444,10 +454,12 @@ class LibvirtSource:
         """Why libvirt's word keeps the VM from being called off; "" when it does not."""
         if record.managed_save:
             return f"libvirt ({self.uri}) keeps a managed save of it, from which it could be continued"
-        if not record.active or record.vm_uuid in self._followed:
+        execution, one = (record.vm_uuid, record.id), self._followed.get(record.vm_uuid)
+        if not record.active or (one is not None and not one.watched.process.ended()):
             return ""
         starts = (record.state, record.reason) == (words.PAUSED, words.STARTING_UP)
-        if not starts and (record.vm_uuid, record.id) in self._ended:
+        ended = execution in self._ended or (one is not None and one.record.id == record.id)
+        if ended and not starts:
             return ""  # libvirt has not noticed yet
         others = [one for one in self._watch.table.all() if one.identity.vm_uuid == record.vm_uuid]
         if any(not one.process.ended() for one in others):

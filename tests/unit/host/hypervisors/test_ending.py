@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.virtual_time import virtual_time
 from vmchannel_host.hypervisors import Ended, HypervisorError, NotProven, Seen
 from vmchannel_host.hypervisors.cmdline import CommandLine
 from vmchannel_host.hypervisors.detached import DetachedCalls
-from vmchannel_host.hypervisors.ending import Endings
+from vmchannel_host.hypervisors.ending import STREAM_TIMEOUT_S, Endings
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
+from vmchannel_host.hypervisors.libvirt.link import Link
+from vmchannel_host.hypervisors.libvirt.monitor import LibvirtMonitor
+from vmchannel_host.hypervisors.libvirt.words import PAUSED, DomainRecord
 from vmchannel_host.hypervisors.process import VerifiedProcess
 from vmchannel_host.model import (
     BootId,
@@ -24,6 +28,7 @@ from vmchannel_host.model import (
     IoState,
     Migration,
     ProcessIdentity,
+    RunState,
     VmUuid,
 )
 
@@ -146,6 +151,45 @@ async def test_an_end_is_a_departure_exactly_if_an_outgoing_migration_was_last_w
     mortal.watched.last_migration = last
     evidence = await mortal.endings.end(mortal.watched, quit_timeout_s=0.01, timeout_s=5)
     assert evidence.departed == (last in (Migration.OUTGOING, Migration.COMPLETED))
+
+
+class NobodyAsked:
+    """A libvirt that is not asked anything."""
+
+    uri = "test:///nobody"
+
+    async def state_of(self, vm: VmUuid, *, timeout_s: float) -> tuple[RunState, Migration]:
+        raise AssertionError(vm)
+
+    async def is_resettable(self, vm: VmUuid, *, timeout_s: float) -> bool:
+        raise AssertionError(vm)
+
+    async def call_link(self, name: str, function: Callable[[Link], None], *, timeout_s: float) -> None:
+        raise AssertionError(name)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@virtual_time
+async def test_s1_a_vm_in_a_migration_whose_process_ends_has_left_unless_libvirt_says_otherwise(
+    told: bool,
+) -> None:
+    """libvirt saves a VM by a migration, ends its QEMU, and says so when its own work is done."""
+    rig = Rig(MadeUpProcess(dies=True))
+    monitor = LibvirtMonitor(NobodyAsked(), DomainRecord(UUID, "vm", 7, PAUSED, 3), lambda: 0.0)
+    rig.watched.attach(monitor)
+    rig.watched.last_migration = Migration.OUTGOING
+    rig.process.end()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(rig.endings.watch(rig.watched))
+        await asyncio.sleep(2 * STREAM_TIMEOUT_S)
+        assert rig.watched.evidence is None
+        if told:
+            rig.watched.last_migration = Migration.NONE
+            monitor.close()
+    ended = rig.table.ended(rig.watched.identity)
+    assert ended is not None
+    assert ended.departed is not told
+    rig.close()
 
 
 async def test_an_off_that_is_cancelled_leaves_the_end_to_the_watcher(immortal: Rig) -> None:
