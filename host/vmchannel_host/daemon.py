@@ -114,7 +114,11 @@ class Daemon:
         self._launcher = Launcher(start_commands(config))
         self._hypervisor = host_hypervisor(config, parts, self._launcher)
         self._coordinator: Coordinator | None = None
-        self._registry = VmRegistry(config.host, standalone=config.cluster.standalone)
+        self._registry = VmRegistry(
+            config.host,
+            standalone=config.cluster.standalone,
+            defined=lambda: self._hypervisor.definitions().names,
+        )
         self._registry.expect(self._settings.policy.named_uuids())
 
     def stop(self) -> None:

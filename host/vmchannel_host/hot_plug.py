@@ -107,7 +107,7 @@ class HotPlug:
         """Attach or detach; answers within the order's time and 2 s. Never raises for a failure."""
         defined = self._plugs.definitions()
         found = self._policy().resolve(
-            None, FenceAction.STATUS, order.vm, vms=_with(defined, self._directory()), names=self._names
+            None, FenceAction.STATUS, order.vm, vms=self._directory(), names=self._names
         )
         if isinstance(found, Refused):
             remedy = "see `vmchannelctl vms`, and name it by its UUID if need be"
@@ -167,12 +167,6 @@ class HotPlug:
         except JournalError as error:
             return (f"it is not in the journal: {error}",)
         return ()
-
-
-def _with(defined: Definitions, known: VmDirectory) -> VmDirectory:
-    """The VMs that are known, and those that are only defined: these can be plugged into, too."""
-    vms = known.vms() | defined.names.keys()
-    return VmDirectory({vm: {*known.names(vm), defined.names.get(vm, "")} for vm in vms})
 
 
 def _reason(order: PlugOrder, done: Plugged) -> str:

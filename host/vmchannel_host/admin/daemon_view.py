@@ -166,7 +166,7 @@ class View:
         )
 
     def vms(self) -> Sequence[VmView]:
-        """Every VM ever seen, by name."""
+        """Every VM ever seen, or defined here, by name."""
         connected = {peer.key for peer in self._hub.status().peers if peer.connected}
         running = {one.vm: one.operation for one in self._operations.running()}
         directory = self._registry.directory()
@@ -174,7 +174,7 @@ class View:
         views = [
             VmView(
                 uuid=vm,
-                name=self._registry.name(vm),
+                name=self._registry.name(vm) or directory.name(vm),
                 power=self._power(vm),
                 instances=tuple(self._instance(one) for one in self._registry.instances(vm)),
                 groups=tuple(group.name for group in policy.groups_of(vm, directory)),
@@ -183,7 +183,7 @@ class View:
                 operation=running.get(vm, ""),
                 problem="" if self._registry.instances(vm) else "; ".join(self._doubts(vm)),
             )
-            for vm in self._registry.vms()
+            for vm in directory.vms()
         ]
         return sorted(views, key=lambda view: (view.name, view.uuid))
 

@@ -7,9 +7,10 @@ once recorded stays an instance until its end is proven, whatever looks and moni
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from types import MappingProxyType
+from typing import Final, assert_never
 
 from vmchannel_host.hypervisors import Ended, HypervisorEvent, Seen
 from vmchannel_host.journal.types import KnownInstance
@@ -71,12 +72,30 @@ class TrackedInstance:
     instance: Instance | None  # last report; None: known from the records, not seen since the daemon began
 
 
+_NOTHING: Final[Mapping[VmUuid, str]] = MappingProxyType({})
+
+
 class VmRegistry:
     """What this host knows of its VMs. Methods that change it return what is to be remembered."""
 
-    def __init__(self, host: HostName, *, standalone: bool) -> None:
+    def __init__(
+        self,
+        host: HostName,
+        *,
+        standalone: bool,
+        defined: Callable[[], Mapping[VmUuid, str]] = lambda: _NOTHING,
+    ) -> None:
+        """
+        Args:
+            host: this host.
+            standalone: see `set_standalone`.
+            defined: the names of the VMs that are defined here, running or not; the same object while it is
+                true. A definition gives a VM a name, no more: whether it ever ran is not told by it.
+        """
         self._host = host
         self._standalone = standalone
+        self._defined = defined
+        self._named = _NOTHING  # the definitions that `_directory` was made of
         self._vms: dict[VmUuid, VmHistory] = {}
         self._directory: VmDirectory | None = None
         self._look_conflicts: tuple[Conflict, ...] = ()
@@ -147,9 +166,15 @@ class VmRegistry:
         return self._vms[vm].names() if vm in self._vms else frozenset()
 
     def directory(self) -> VmDirectory:
-        """All VMs with their names, for the policy. The same object until a name may have changed."""
-        if self._directory is None:
-            self._directory = VmDirectory({vm: self.names(vm) for vm in self.vms()})
+        """All VMs seen or defined with their names, for the policy: the same until a name may have changed.
+
+        A VM that is defined under another name than its processes told bears both: each may be another VM's.
+        """
+        defined = self._defined()
+        if self._directory is None or defined is not self._named:
+            vms = self.vms() | defined.keys()
+            self._directory = VmDirectory({vm: {*self.names(vm), defined.get(vm, "")} for vm in vms})
+            self._named = defined
         return self._directory
 
     def instances(self, vm: VmUuid) -> tuple[Instance, ...]:

@@ -87,6 +87,18 @@ async def test_a_domain_is_fenced_and_started_again_by_its_name(
     assert vm["instances"][0]["monitor"] == libvirtd.uri
 
 
+async def test_a_domain_that_never_ran_here_is_known_by_its_name(site: Site, libvirtd: Libvirtd) -> None:
+    domain = a_domain(libvirtd)
+    await off_loop(lambda: libvirtd.define(domain))
+    async with asyncio.timeout(WAIT_S):
+        while all(vm["uuid"] != domain.uuid for vm in await site.ask("vms")):
+            await asyncio.sleep(0.05)
+    (vm,) = [one for one in await site.ask("vms") if one["uuid"] == domain.uuid]
+    assert (vm["name"], vm["instances"], vm["power"]) == (domain.name, [], "gone")
+    refused = await site.fence("off", domain.name)
+    assert "never seen here: name its UUID in a policy group" in refused["reason"]
+
+
 async def test_a_reboot_resets_the_domain_in_its_process(
     site: Site, libvirtd: Libvirtd, domain: Domain
 ) -> None:

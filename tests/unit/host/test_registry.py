@@ -646,6 +646,26 @@ def test_the_directory_is_made_anew_only_when_a_name_may_have_changed(registry: 
     assert registry.directory().names(VM1) == {"renamed"}
 
 
+def test_a_vm_that_is_only_defined_has_a_name_and_was_never_seen() -> None:
+    defined = {VM2: "new", NIL_UUID: "none"}
+    registry = VmRegistry(HOST, standalone=True, defined=lambda: defined)
+    registry.apply(seen())
+    assert registry.directory().bearers("new") == {VM2}
+    assert NIL_UUID not in registry.directory()
+    assert registry.vms() == {VM1}
+    assert not registry.knows(VM2)
+    assert registry.directory() is registry.directory()
+    defined = {VM3: "new"}
+    assert registry.directory().bearers("new") == {VM3}
+
+
+def test_s9_a_vm_that_is_defined_under_another_name_bears_both() -> None:
+    registry = VmRegistry(HOST, standalone=True, defined=lambda: {VM1: "later", VM2: "vm1"})
+    registry.apply(seen())
+    assert registry.directory().names(VM1) == {"vm1", "later"}
+    assert registry.directory().bearers("vm1") == {VM1, VM2}
+
+
 def test_a_vm_that_restarts_for_ever_costs_bounded_memory(registry: VmRegistry) -> None:
     registry.apply(seen(1, run_state=RunState.POSTMIGRATE))
     registry.apply(ended(1))

@@ -8,10 +8,12 @@ import pytest
 from fence_vmchannel.messages import FenceAction, FenceCode, PowerState
 from tests.fakes.hypervisors import BlindHypervisor, ForgetfulHypervisor
 from tests.fakes.virtual_time import virtual_time
-from tests.unit.host.fencing.world import ASKER, OPERATOR, STRANGER, VM1, VM2, VM3, World, now, settled
+from tests.unit.host.fencing.world import ASKER, OPERATOR, STRANGER, VM1, VM2, VM3, WEB, World, now, settled
+from vmchannel_host.config.model import Group
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.fencing.requester import Requester
-from vmchannel_host.model import Migration, RunState
+from vmchannel_host.hypervisors import Definitions
+from vmchannel_host.model import Migration, RunState, VmUuid
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,20 @@ async def test_list_tells_the_permitted_plugs_with_proven_states() -> None:
         assert states[VM3] is PowerState.OFF  # named by its UUID, never seen, looked for
         assert "stranger" not in states
         assert world.hypervisor.looks == 1
+
+
+@virtual_time
+async def test_a_vm_that_is_only_defined_is_known_by_its_name_and_off_where_its_uuid_is_named() -> None:
+    by_name = VmUuid("99999999-9999-4999-8999-999999999999")
+    async with World(groups=(WEB, Group("names", (VM1, "named")))).running() as world:
+        world.hypervisor.defined = Definitions({VM3: "vm3", by_name: "named"})
+        listed = {one.plug: one for one in (await world.ask(FenceAction.LIST, "")).targets}
+        assert (listed["vm3"].vm_uuid, listed["vm3"].state) == (VM3, PowerState.OFF)
+        assert (listed["named"].vm_uuid, listed["named"].state) == (by_name, PowerState.UNKNOWN)
+        assert (await world.ask(FenceAction.STATUS, "vm3")).state is PowerState.OFF
+        refused = await world.ask(FenceAction.OFF, "named")
+    assert not refused.ok
+    assert "never seen here: name its UUID in a policy group" in refused.reason
 
 
 @virtual_time

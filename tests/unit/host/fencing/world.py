@@ -64,7 +64,9 @@ class World:
         self.hypervisor = hypervisor or FakeHypervisor(now)
         self.journal = journal or FakeJournal(now, BOOT)
         self.tasks = Tasks()
-        self.registry = VmRegistry(HOST, standalone=rules.standalone)
+        self.registry = VmRegistry(
+            HOST, standalone=rules.standalone, defined=lambda: self.hypervisor.definitions().names
+        )
         self.names = AliasTable()
         self.bus: LocalBus[Ordered] = LocalBus(HOST)
         self.policy = Policy(groups, aliases or {})
