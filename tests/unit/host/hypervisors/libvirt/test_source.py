@@ -4,28 +4,32 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vmchannel_host.hypervisors.cmdline import CommandLine
 from vmchannel_host.hypervisors.libvirt.connection import Patience
 from vmchannel_host.hypervisors.libvirt.link import (
     Closed,
     DomainTexts,
     LibvirtError,
+    Lifecycle,
     Link,
     NoSuchDomain,
     Sink,
 )
 from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
-from vmchannel_host.hypervisors.libvirt.words import SHUTOFF, DomainRecord
+from vmchannel_host.hypervisors.libvirt.words import PAUSED, SHUTOFF, STOPPED, STOPPED_SAVED, DomainRecord
 from vmchannel_host.hypervisors.monitors import MonitorMute
-from vmchannel_host.hypervisors.process import ProcessTable, read_boot_id, read_pid_namespace
+from vmchannel_host.hypervisors.process import ProcessTable, VerifiedProcess, read_boot_id, read_pid_namespace
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.model import HostName, VmUuid
+from vmchannel_host.model import BootId, HostName, Migration, ProcessIdentity, VmUuid
 
 URI = "test:///made-up"
 VM1 = VmUuid("11111111-1111-4111-8111-111111111111")
@@ -106,13 +110,29 @@ def defined(vm: VmUuid, name: str, *, autostart: bool = False) -> DomainRecord:
     return DomainRecord(vm, name, -1, SHUTOFF, 0, autostart=autostart)
 
 
+class MadeUpProcess(VerifiedProcess):
+    """Execution 7 of a domain; its pidfd is a pipe."""
+
+    def __init__(self, vm: VmUuid) -> None:
+        identity = ProcessIdentity(2**22 - 1, 1, "/usr/bin/qemu-system-x86_64", vm, BootId("boot"))
+        reader, self._writer = os.pipe()
+        super().__init__(identity, CommandLine((vm,), "vm", domain_id=7), reader)
+
+    def end(self) -> None:
+        os.close(self._writer)
+
+
+def a_watch() -> ProcessWatch:
+    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
+    return ProcessWatch(processes, host=HostName("host1"), clock=lambda: 0.0)
+
+
 @asynccontextmanager
 async def running(
-    libvirt: MadeUpLibvirt, saves: Path, patience: Patience = PATIENCE
+    libvirt: MadeUpLibvirt, saves: Path, patience: Patience = PATIENCE, watch: ProcessWatch | None = None
 ) -> AsyncGenerator[LibvirtSource]:
     """A source that has tried to reach its libvirt; no process is scanned."""
-    processes = ProcessTable(boot_id=read_boot_id(), pid_namespace=read_pid_namespace())
-    watch = ProcessWatch(processes, host=HostName("host1"), clock=lambda: 0.0)
+    watch = watch or a_watch()
     settings = LibvirtSettings(URI, saves, patience)
     source = LibvirtSource(settings, watch, libvirt.open, wall_clock=lambda: 1000.0)
 
@@ -184,7 +204,7 @@ async def test_saved_memory_is_not_called_removed_when_libvirt_is_mute(tmp_path:
         libvirt.answers.clear()
         assert await source.discard_memory(VM1, timeout_s=0.05) == ()
         assert libvirt.removed == []
-        answer = await source.ask(VM1, deadline=asyncio.get_running_loop().time() + 5.0)
+        answer = await source.ask(VM1, deadline=asyncio.get_running_loop().time() + 0.5)
         assert [vm for vm, _ in answer.silent] == [VM1]  # so nobody calls it off
         libvirt.answers.set()
         assert await source.discard_memory(VM1, timeout_s=60.0) != ()
@@ -198,3 +218,24 @@ async def test_of_two_domains_with_one_name_the_uuid_decides(tmp_path: Path) -> 
         await source.start(VM2, "vm", timeout_s=60.0)
         assert libvirt.created == [VM2]
         assert not source.can_start(VmUuid("33333333-3333-4333-8333-333333333333"), "vm")
+
+
+@pytest.mark.parametrize("managed", [True, False])
+async def test_s1_what_libvirt_says_of_a_process_counts_though_a_scan_has_seen_it_end_before(
+    tmp_path: Path, managed: bool
+) -> None:
+    saving = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=3)
+    libvirt, watch, process = MadeUpLibvirt(saving), a_watch(), MadeUpProcess(VM1)
+    watched = watch.adopt(process)
+    async with running(libvirt, tmp_path, watch=watch) as source:
+        await source.find(timeout_s=60.0)
+        await until(lambda: watched.last_migration is Migration.OUTGOING)
+        process.end()
+        for _ in range(3):
+            await source.find(timeout_s=60.0)
+            await asyncio.sleep(0.01)
+        libvirt.domains[VM1] = replace(defined(VM1, "vm1"), managed_save=managed)
+        libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_SAVED))
+        await until(lambda: watched.evidence is not None)
+    assert watched.evidence is not None
+    assert watched.evidence.departed is not managed
