@@ -84,6 +84,7 @@ class LibvirtSource:
         self._ended: dict[tuple[VmUuid, int], None] = {}  # executions seen to end through this link
         self._home = ""  # where this libvirt keeps what its QEMUs need; learnt from the first of them
         self._starting: dict[VmUuid, int] = {}
+        self._removed: set[VmUuid] = set()  # whose managed save was removed, and nobody was told; threads add
         self._dirty: set[VmUuid] = set()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -148,19 +149,22 @@ class LibvirtSource:
         return ()
 
     async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
-        """See `Hypervisor.discard_memory`."""
+        """See `Hypervisor.discard_memory`. What libvirt removes after `timeout_s` the next call tells."""
+
+        def remove(link: Link) -> None:
+            if link.remove_managed_save(vm):
+                self._removed.add(vm)
+                log.warning("vm=%s managed save removed uri=%s", vm, self.uri)
+
         try:
-            removed = await self._connection.call(
-                "remove managed save", lambda link: link.remove_managed_save(vm), timeout_s=timeout_s
-            )
+            await self._connection.call("remove managed save", remove, timeout_s=timeout_s)
         except NoSuchDomain:
-            return ()
+            pass
         except HypervisorError as error:
             log.warning("vm=%s managed save not removed, or not known whether there is one: %s", vm, error)
+        if vm not in self._removed:
             return ()
-        if not removed:
-            return ()
-        log.warning("vm=%s managed save removed uri=%s", vm, self.uri)
+        self._removed.discard(vm)
         return (f"managed save removed from libvirt ({self.uri})",)
 
     # --- Starter
