@@ -27,6 +27,7 @@ class Followed:
         self._table = table
         self._xml = DomainXml()
         self._ran = False  # it was seen to run, so it receives no memory any more
+        self._stopped = False  # libvirt has said how it ended: answers that are under way still are older
         watched.configured = True
         watched.attach(monitor)
 
@@ -64,6 +65,8 @@ class Followed:
             probed: its QEMU has answered too, and `job` is what there is; else a migration stays as it was.
             asked_at: see `asked_at`.
         """
+        if self._stopped:
+            return
         watched = self.watched
         self.record, self._xml = record, xml or self._xml
         run_state = words.run_state(record)
@@ -84,6 +87,8 @@ class Followed:
 
     def mute(self) -> None:
         """libvirt, or its QEMU, does not answer."""
+        if self._stopped:
+            return
         self.watched.mute = True
         self._table.changed(self.watched)
 
@@ -108,7 +113,7 @@ class Followed:
             event: what it says.
             managed_save: whether libvirt keeps the memory; None when it did not say.
         """
-        watched = self.watched
+        watched, self._stopped = self.watched, True
         if event.detail == words.STOPPED_MIGRATED:
             watched.last_migration = Migration.COMPLETED
         elif event.detail == words.STOPPED_SAVED:

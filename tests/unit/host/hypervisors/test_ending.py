@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.unasked_libvirt import UnaskedLibvirt
 from tests.fakes.virtual_time import virtual_time
 from vmchannel_host.hypervisors import Ended, HypervisorError, NotProven, Seen
 from vmchannel_host.hypervisors.cmdline import CommandLine
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.ending import STREAM_TIMEOUT_S, Endings
 from vmchannel_host.hypervisors.instances import InstanceTable, Watched
-from vmchannel_host.hypervisors.libvirt.link import Link
 from vmchannel_host.hypervisors.libvirt.monitor import LibvirtMonitor
 from vmchannel_host.hypervisors.libvirt.words import PAUSED, DomainRecord
 from vmchannel_host.hypervisors.process import VerifiedProcess
@@ -28,7 +28,6 @@ from vmchannel_host.model import (
     IoState,
     Migration,
     ProcessIdentity,
-    RunState,
     VmUuid,
 )
 
@@ -153,21 +152,6 @@ async def test_an_end_is_a_departure_exactly_if_an_outgoing_migration_was_last_w
     assert evidence.departed == (last in (Migration.OUTGOING, Migration.COMPLETED))
 
 
-class NobodyAsked:
-    """A libvirt that is not asked anything."""
-
-    uri = "test:///nobody"
-
-    async def state_of(self, vm: VmUuid, *, timeout_s: float) -> tuple[RunState, Migration]:
-        raise AssertionError(vm)
-
-    async def is_resettable(self, vm: VmUuid, *, timeout_s: float) -> bool:
-        raise AssertionError(vm)
-
-    async def call_link(self, name: str, function: Callable[[Link], None], *, timeout_s: float) -> None:
-        raise AssertionError(name)
-
-
 @pytest.mark.parametrize("told", [True, False])
 @virtual_time
 async def test_s1_a_vm_in_a_migration_whose_process_ends_has_left_unless_libvirt_says_otherwise(
@@ -175,7 +159,7 @@ async def test_s1_a_vm_in_a_migration_whose_process_ends_has_left_unless_libvirt
 ) -> None:
     """libvirt saves a VM by a migration, ends its QEMU, and says so when its own work is done."""
     rig = Rig(MadeUpProcess(dies=True))
-    monitor = LibvirtMonitor(NobodyAsked(), DomainRecord(UUID, "vm", 7, PAUSED, 3), lambda: 0.0)
+    monitor = LibvirtMonitor(UnaskedLibvirt(), DomainRecord(UUID, "vm", 7, PAUSED, 3), lambda: 0.0)
     rig.watched.attach(monitor)
     rig.watched.last_migration = Migration.OUTGOING
     rig.process.end()

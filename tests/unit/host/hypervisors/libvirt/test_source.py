@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.unasked_libvirt import UnaskedLibvirt
 from vmchannel_host.hypervisors.cmdline import CommandLine
+from vmchannel_host.hypervisors.instances import InstanceTable
 from vmchannel_host.hypervisors.libvirt.connection import Patience
+from vmchannel_host.hypervisors.libvirt.followed import Followed
 from vmchannel_host.hypervisors.libvirt.link import (
     Closed,
     DomainTexts,
@@ -24,6 +27,7 @@ from vmchannel_host.hypervisors.libvirt.link import (
     NoSuchDomain,
     Sink,
 )
+from vmchannel_host.hypervisors.libvirt.monitor import LibvirtMonitor
 from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
 from vmchannel_host.hypervisors.libvirt.words import PAUSED, SHUTOFF, STOPPED, STOPPED_SAVED, DomainRecord
 from vmchannel_host.hypervisors.monitors import MonitorMute
@@ -230,6 +234,10 @@ async def test_of_two_domains_with_one_name_the_uuid_decides(tmp_path: Path) -> 
         assert not source.can_start(VmUuid("33333333-3333-4333-8333-333333333333"), "vm")
 
 
+def _learn_late(followed: Followed) -> None:
+    followed.learn(followed.record, 2, None, probed=True, asked_at=followed.asked_at)
+
+
 @pytest.mark.parametrize("managed", [True, False])
 async def test_s1_what_libvirt_says_of_a_process_counts_though_a_scan_has_seen_it_end_before(
     tmp_path: Path, managed: bool
@@ -244,8 +252,29 @@ async def test_s1_what_libvirt_says_of_a_process_counts_though_a_scan_has_seen_i
         for _ in range(3):
             await source.find(timeout_s=60.0)
             await asyncio.sleep(0.01)
+        libvirt.answers.clear()
+        with pytest.raises(MonitorMute):  # asked before, and answered after libvirt's word
+            await source.state_of(VM1, timeout_s=0.05)
         libvirt.domains[VM1] = replace(defined(VM1, "vm1"), managed_save=managed)
+        libvirt.answers.set()
         libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_SAVED))
         await until(lambda: watched.evidence is not None)
     assert watched.evidence is not None
     assert watched.evidence.departed is not managed
+
+
+@pytest.mark.parametrize("late", [Followed.mute, _learn_late])
+def test_s1_what_was_under_way_when_libvirt_gave_its_last_word_changes_it_no_more(
+    late: Callable[[Followed], None],
+) -> None:
+    table, process = InstanceTable(), MadeUpProcess(VM1)
+    record = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=3)
+    watched = table.adopt(process)
+    followed = Followed(table, watched, record, LibvirtMonitor(UnaskedLibvirt(), record, lambda: 0.0))
+    followed.learn(record, 2, None, probed=True, asked_at=followed.asked_at)
+    assert watched.instance().migration is Migration.OUTGOING
+    followed.stopped(Lifecycle(VM1, -1, STOPPED, STOPPED_SAVED), managed_save=True)
+    late(followed)
+    assert watched.instance().migration is Migration.NONE
+    process.end()
+    process.close()
