@@ -29,6 +29,8 @@ from tests.system.channel_rig import (
 )
 from tests.system.site import Site, open_site
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = 20
 RECORDS = 25
 GROWTH = 8 * 1_048_576

@@ -42,7 +42,7 @@ class Tasks:
             work.close()
             raise RuntimeError(f"cannot start {name}: the daemon is not running, or stops")
         task = self._group.create_task(_contained(work), name=name)
-        task.add_done_callback(lambda _: work.close())  # one that is cancelled before it began has not begun it
+        task.add_done_callback(lambda _: work.close())  # if it is cancelled before it begins
         return task
 
 
