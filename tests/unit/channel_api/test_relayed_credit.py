@@ -145,7 +145,7 @@ class RelayedChannels(RuleBasedStateMachine):
 def test_no_order_of_events_deadlocks_hubs_that_relay_or_makes_them_hold_more_than_they_may(
     count: Count,
 ) -> None:
-    lives = count(10, 100, "lives of two relaying hubs")
+    lives = count(25, 100, "lives of two relaying hubs")
     run_state_machine_as_test(
         RelayedChannels, settings=settings(max_examples=lives, stateful_step_count=30, deadline=None)
     )
