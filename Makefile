@@ -8,6 +8,8 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 IN_CI := -m "not cluster and not peer"
+# Workers take whole modules, the slow ones first.
+SHARED := --dist=loadfile --no-loadscope-reorder
 
 help:      ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,8 +22,8 @@ demo: deps ## three guests, one fences another; about a minute
 
 test: deps ## unit, integration and system tests (ARGS="-k name" narrows)
 ifeq ($(ARGS),)
-	$(PYTEST) $(IN_CI) --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/fuzz
-	$(PYTEST) $(IN_CI) tests/system  # guests take both cores: one module at a time
+	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=3 tests/unit tests/integration tests/fuzz  # more than cores: many tests wait
+	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=2 tests/system
 else
 	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/fuzz tests/system
 endif

@@ -27,6 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(OPTION, action="store_true", help="the full counts, as `make test-all` wants them")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that are marked `slow` come first: a worker takes whole modules, and none shall end last."""
+    items.sort(key=lambda item: _module_is_slow(item.getparent(pytest.Module)), reverse=True)
+
+
+def _module_is_slow(module: pytest.Module | None) -> bool:
+    return module is not None and module.get_closest_marker("slow") is not None
+
+
 @pytest.fixture
 def count(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Count:
     """How often to repeat. A test that uses it is marked `counted`."""

@@ -25,7 +25,7 @@ from vmchannel_host.fencing.codec import Unreadable, read_intent, read_outcome, 
 from vmchannel_host.fencing.ordered import Phase
 from vmchannel_host.hot_plug import PlugOrder
 from vmchannel_host.hypervisors.cmdline import parse_command_line
-from vmchannel_host.hypervisors.process import parse_stat
+from vmchannel_host.hypervisors.proc_stat import parse_stat
 from vmchannel_host.hypervisors.qmp_state import (
     BadReply,
     make_port,

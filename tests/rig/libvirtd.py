@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
-from tests.rig import libvirtd_keeper
+from tests.rig import libvirtd_keeper, own_mounts
 from tests.rig.kernel import RigError
 
 _QEMU_CONF = """\
@@ -91,6 +92,11 @@ class Libvirtd:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """What `hypervisors` of host.yaml says of it."""
+        return {"type": "libvirt", "uri": self.uri, "saves": str(self.saves)}
 
     def start(self) -> None:
         """Start libvirtd and wait until it answers."""
@@ -201,16 +207,28 @@ class Libvirtd:
     def _command(self) -> Sequence[str]:
         if not self.system:
             return (*(_NOBODY if os.geteuid() == 0 else ()), "libvirtd")
-        steps = ["mount --make-rprivate /"]
+        steps: list[str] = []
         for name, path in _BOUND.items():
             Path(path).mkdir(parents=True, exist_ok=True)
             steps.append(f"mount --bind '{self.directory}/{name}' {path}")
         steps += [f"mount --bind '{self.directory}/{name}' /etc/{name}" for name in ("passwd", "group")]
         pid_file = f"{self.directory}/libvirtd.pid"
         script = " && ".join([*steps, f"exec libvirtd --pid-file '{pid_file}'"])
-        return ("unshare", "--mount", "--", "sh", "-ec", script)
+        return own_mounts.command("sh", "-ec", script)
 
     def _environment(self) -> dict[str, str]:
         paths = {"RUNTIME_DIR": "run", "CONFIG_HOME": "config", "CACHE_HOME": "cache", "DATA_HOME": "data"}
         xdg = {f"XDG_{name}": str(self.directory / path) for name, path in paths.items()}
         return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.directory / "home"), **xdg}
+
+
+@contextmanager
+def running_libvirtd(directory: Path, *, system: bool = False) -> Generator[Libvirtd]:
+    """A libvirtd that runs in a directory of ours with a short path, which everybody may enter."""
+    directory.chmod(0o755)
+    libvirtd = Libvirtd(directory, system=system)
+    try:
+        libvirtd.start()
+        yield libvirtd
+    finally:
+        libvirtd.close()

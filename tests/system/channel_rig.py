@@ -161,7 +161,16 @@ class GuestWatch:
         Raises:
             RigError: it does not come, or the program has ended before.
         """
+        return (await self.each(kind, port=port))[kind]
+
+    async def each(self, *kinds: str, port: str = "") -> dict[str, dict[str, Any]]:
+        """The next event of each of these kinds, in whatever order they come.
+
+        Raises:
+            RigError: one does not come, or the program has ended before.
+        """
         deadline = time.monotonic() + WAIT_S
+        found: dict[str, dict[str, Any]] = {}
         while True:
             now = await self.job.peek()
             events: list[dict[str, Any]] = [
@@ -170,10 +179,12 @@ class GuestWatch:
             while self._taken < len(events):
                 event = events[self._taken]
                 self._taken += 1
-                if event["event"] == kind and port in ("", event.get("port", "")):
-                    return event
+                if event["event"] in kinds and port in ("", event.get("port", "")):
+                    found.setdefault(event["event"], event)
+                if len(found) == len(kinds):
+                    return found
             if now.code is not None or time.monotonic() > deadline:
-                raise RigError(f"no {kind}, but {events}\n{now.stderr}")
+                raise RigError(f"not each of {kinds}, but {events}\n{now.stderr}")
             await asyncio.sleep(0.05)
 
 

@@ -18,6 +18,8 @@ from tests.system.channel_rig import GuestWatch, guest_watch, hub_pid, port_view
 from tests.system.site import Site, open_site
 from tests.system.test_channels import connections, open_files
 
+pytestmark = pytest.mark.slow
+
 WATCHERS = 2
 """Sockets and epolls of the test's own watcher in the guest."""
 
@@ -61,8 +63,8 @@ async def attached(site: Site, guest: Guest, inside: GuestWatch) -> None:
     """Attach the port, and fence from inside over it."""
     told = await site.ctl_json("attach", guest.spec.name)
     assert (told["code"], told["ports"]) == ("done", [PORT]), told
-    await inside.next("port-added", PORT)
-    await inside.next("peer-connected", PORT)
+    # The hub tries a port that was there before by itself, and may open it before it hears that it is back.
+    await inside.each("port-added", "peer-connected", port=PORT)
     status = (await guest.python(f"PLUG = {site.name('full')!r}\n{STATUS}")).check()
     assert status.stdout == "ON\n"
 
@@ -89,7 +91,7 @@ async def test_a_running_guest_gets_a_port_fences_over_it_and_loses_it_again_and
 
     inside = await guest_watch(guest)
     before = await open_now()
-    for _ in range(count(5, 100, "attach and detach rounds")):
+    for _ in range(count(2, 100, "attach and detach rounds")):
         await attached(site, guest, inside)
         await detached(site, guest, inside)
     after = await open_now()

@@ -40,6 +40,8 @@ from tests.system.channel_rig import (
 )
 from tests.system.site import Site, open_site
 
+pytestmark = pytest.mark.slow
+
 FLOW = """
 import time
 from fence_vmchannel import BlockingClient, ChannelClosed, ServiceRefused

@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.rig.image import CHECKOUT
 from tests.rig.vm import find_processes
+
+pytestmark = pytest.mark.slow
 
 # What a background shell starts ignores SIGINT, and so does all that comes of it.
 COMMAND = ["env", "--default-signal=INT", sys.executable, "-m", "tests.rig.demo"]

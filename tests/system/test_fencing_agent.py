@@ -15,10 +15,11 @@ from tests.rig.guest import Completed, Guest
 from tests.rig.image import Image
 from tests.rig.qemu import VmSpec
 from tests.rig.vm import Vm
-from tests.system.site import Input, Site, agent, open_site
+from tests.system.site import Site, agent, open_site
+
+pytestmark = pytest.mark.slow
 
 REASON = re.compile(r"(?:ERROR|WARNING|INFO): (?P<reason>.+) op=(?P<op>[0-9a-f]{16}|-) host=(?P<host>hv1|-)$")
-WAYS: list[Input] = ["stdin", "long", "short"]
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +70,25 @@ def reason_of(done: Completed) -> re.Match[str]:
     return found
 
 
-# --- every action, every way
+# --- every action, each told in one way; in every way: integration/agents/test_actions.py
 
 
-@pytest.mark.parametrize("by", WAYS)
 async def test_status_off_on_and_reboot_go_to_the_host_and_come_back_with_proof(
-    site: Site, web1: Guest, by: Input
+    site: Site, web1: Guest
 ) -> None:
     vm = named(site, "web3")
     plug, pid = vm.spec.name, vm.pid
-    assert (await agent(web1, "status", plug, by=by)).code == 0
-    done = await agent(web1, "off", plug, by=by)
+    assert (await agent(web1, "status", plug)).code == 0
+    done = await agent(web1, "off", plug)
     assert (done.code, done.stdout) == (0, "Success: Powered OFF\n"), done
     assert f"pid {pid} on hv1 gone after" in done.stderr
     assert (reason_of(done)["reason"], reason_of(done)["host"]) == (f"{plug}: off", "hv1")
     assert not vm.running
-    assert (await agent(web1, "status", plug, by=by)).code == 2
-    done = await agent(web1, "on", plug, by=by)
+    assert (await agent(web1, "status", plug)).code == 2
+    done = await agent(web1, "on", plug)
     assert (done.code, done.stdout) == (0, "Success: Powered ON\n"), done
     assert reason_of(done)["reason"].startswith(f"{plug}: on: pid {vm.pid} ")
-    done = await agent(web1, "reboot", plug, by=by)
+    done = await agent(web1, "reboot", plug)
     assert (done.code, done.stdout) == (0, "Success: Rebooted\n"), done
     assert reason_of(done)["reason"].startswith(f"{plug}: reset: pid {vm.pid} ")
 
@@ -120,24 +120,22 @@ async def test_a_reboot_that_only_ends_the_vm_is_a_success_that_says_so(site: Si
     assert "off is proven, but it was not started" in reason_of(done)["reason"]
 
 
-@pytest.mark.parametrize("by", WAYS)
 async def test_list_list_status_and_monitor_tell_what_this_guest_may_fence(
-    site: Site, web1: Guest, web2: Guest, by: Input
+    site: Site, web1: Guest, web2: Guest
 ) -> None:
-    listed = (await agent(web1, "list", by=by)).check().stdout.split()
+    listed = (await agent(web1, "list", by="long")).check().stdout.split()
     assert {site.name("web2"), f"{site.name('web2')},node-web2"} & set(listed), listed
     assert site.name("web1") not in " ".join(listed)  # fencing oneself needs `self: true`
-    states = (await agent(web1, "list-status", by=by)).check().stdout.splitlines()
+    states = (await agent(web1, "list-status", by="long")).check().stdout.splitlines()
     assert any(site.name("web2") in line and line.lower().endswith("on") for line in states), states
-    assert (await agent(web1, "monitor", by=by)).code == 0
+    assert (await agent(web1, "monitor", by="long")).code == 0
 
 
-@pytest.mark.parametrize("by", WAYS)
-async def test_metadata_and_validate_all_need_no_plug(web1: Guest, by: Input) -> None:
-    metadata = (await agent(web1, "metadata", by=by)).check().stdout
+async def test_metadata_and_validate_all_need_no_plug(web1: Guest) -> None:
+    metadata = (await agent(web1, "metadata", by="short")).check().stdout
     assert metadata.startswith("<?xml")
     assert 'resource-agent name="fence_vmchannel"' in metadata
-    assert (await agent(web1, "validate-all", by=by)).code == 0
+    assert (await agent(web1, "validate-all", by="short")).code == 0
 
 
 async def test_reboot_of_a_running_guest_brings_another_boot_of_its_kernel_in_the_same_process(

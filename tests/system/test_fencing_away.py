@@ -23,6 +23,8 @@ from tests.system.channel_rig import end_hub, start_hub, until_said
 from tests.system.site import Site, open_site
 from vmchannel_host.hypervisors.process import read_boot_id
 
+pytestmark = pytest.mark.slow
+
 QUIT_S = 5
 """How long an `off` waits for a hung QEMU before it kills it: time to restart something."""
 

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig import own_mounts
 from tests.rig.fixtures import Attach
 from tests.rig.guest import Guest
 from tests.rig.image import Image
 from tests.rig.libvirt_vm import LibvirtVm
-from tests.rig.libvirtd import Libvirtd
+from tests.rig.libvirtd import Libvirtd, running_libvirtd
 from tests.system.site import Site, agent, open_site
 
 
 @pytest.fixture(scope="module")
 def libvirtd(shared_rig_dir: Path) -> Iterator[Libvirtd]:
-    made = Libvirtd(shared_rig_dir / "lv", system=True)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
+    if reason := own_mounts.why_not():
+        pytest.skip(reason)
+    folder = shared_rig_dir / "lv"
+    folder.mkdir()
+    with running_libvirtd(folder, system=True) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,7 @@ def site(image: Image, accel: str, shared_rig_dir: Path, libvirtd: Libvirtd) -> 
             vm = LibvirtVm(site.spec(word), libvirtd)
             site.vms.append(vm)
             vm.start()
-        entry = {"type": "libvirt", "uri": libvirtd.uri, "saves": str(libvirtd.saves)}
-        site.config = {"hypervisors": [entry]}
+        site.config = {"hypervisors": [libvirtd.entry]}
         site.group("web", *site.vms)
         site.serve()
         yield site

@@ -22,6 +22,8 @@ from tests.rig.vm import Vm
 from tests.system.channel_rig import WAIT_S, echo, guest_watch, hub_pid, offered, until
 from tests.system.site import Site, open_site
 
+pytestmark = pytest.mark.slow
+
 PORTS = 30
 """What one controller takes: 31 by default, of which number 0 is a console's."""
 
@@ -179,7 +181,7 @@ async def test_thirty_ports_on_one_controller_carry_data_each(site: Site, attach
             ports = [port for port in await site.ask("ports") if port["vm_uuid"] == vm.spec.uuid]
             return len(ports) == PORTS and all(port["connected"] for port in ports)
 
-        await until(all_connected, "connection of every port")
+        await until(all_connected, "connection of every port", timeout_s=180)
         async with offered(site, "org.example.echo", echo):
             assert (await guest.python(ASK_EACH, timeout_s=100)).check().stdout == "all\n"
     finally:

@@ -20,7 +20,7 @@ SYSTEMD = {"memory_mib": 512, "kernel_line": "rig_start=systemd", "guestd": Fals
 UNIT = "vmchannel-guestd.service"
 SESSIONS = "/run/vmchannel/guest.sessions"
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

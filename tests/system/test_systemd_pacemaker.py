@@ -18,7 +18,7 @@ from tests.rig.image import default_cache, require_tools
 from tests.system.channel_rig import until
 from tests.system.site import Site, open_site
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEVICE = """
 <primitive id="vmfence" class="stonith" type="fence_vmchannel">

@@ -379,6 +379,7 @@ class Run:
         """Make something durable beside the next step; `_conclude` waits for it."""
         name = f"fence {self.intent.operation} record"
         task = self._shell.tasks.spawn(self._recorded(work), name)
+        task.add_done_callback(lambda _: work.close())
         self._records.add(task)
         task.add_done_callback(self._records.discard)
 

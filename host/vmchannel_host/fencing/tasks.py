@@ -41,7 +41,9 @@ class Tasks:
         if self._group is None:
             work.close()
             raise RuntimeError(f"cannot start {name}: the daemon is not running, or stops")
-        return self._group.create_task(_contained(work), name=name)
+        task = self._group.create_task(_contained(work), name=name)
+        task.add_done_callback(lambda _: work.close())  # if it is cancelled before it begins
+        return task
 
 
 async def _contained(work: Coroutine[object, object, None]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.cmdline import CommandLine, parse_command_line
+from vmchannel_host.hypervisors.proc_stat import STAT_BYTES, Stat, parse_stat
 from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
 
 EXECUTABLES = ("qemu-system-*", "qemu-kvm", "kvm")
@@ -38,15 +39,16 @@ _PIDFD_INFO_EXIT = 1 << 3
 HOST_PID_NAMESPACE = PidNamespace(0xEFFFFFFC)
 """Inode of the namespace that the kernel begins with (PROC_PID_INIT_INO in linux/proc_ns.h)."""
 
-_STAT_BYTES = 4096
-"""More than /proc/PID/stat has: 52 numbers, and a name of at most 64 bytes."""
-
 _OUTSIDE = "outside this daemon's pid namespace: run the daemon in the host's"
 
 MAX_SOCKETS_SEEN = 4096
 """Descriptors looked at to find where a process listens; of one with more nothing is known."""
 
 _LISTENING = 1 << 16  # __SO_ACCEPTCON, among the flags of /proc/net/unix
+
+END_S = 0.5
+"""How long a process that exits is waited for, in seconds. It takes microseconds; longer when the kernel must
+first write what it closes."""
 
 ProcessKey = tuple[int, int]
 """(pid, start time): one process of this boot."""
@@ -86,27 +88,11 @@ class Unidentified(HypervisorError):
         self.anyones = anyones
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """Three fields of /proc/PID/stat."""
+class _Exiting(Unidentified):
+    """It shows no program any more and has not ended: it may still write, and whose it is nobody can say."""
 
-    state: str  # one letter; Z also for a leader that has exited while its threads live
-    threads: int
-    start_time: int  # clock ticks after boot
-
-
-def parse_stat(text: str) -> Stat:
-    """Read /proc/PID/stat. The command in it may hold blanks and parentheses; the last one ends it.
-
-    Raises:
-        ValueError: it is not the line of a process.
-    """
-    fields = text.rpartition(")")[2].split()
-    if len(fields) < 20:
-        raise ValueError("not the stat line of a process")
-    return Stat(
-        state=fields[0], threads=int(fields[17]), start_time=int(fields[19])
-    )  # proc(5): fields 3, 20, 22
+    def __init__(self, pid: int) -> None:
+        super().__init__(f"pid {pid} exits: it shows no program any more", pid=pid, anyones=True)
 
 
 class VerifiedProcess:
@@ -205,7 +191,7 @@ class Candidate:
 
     pid: int
     start_time: int
-    executable: str  # "" when it may not be read
+    executable: str  # "" when it cannot be read
 
     @property
     def key(self) -> ProcessKey:
@@ -297,7 +283,7 @@ class ProcessTable:
             NotAVm: its executable is another one.
             Unidentified: it is a QEMU without an unambiguous UUID, or cannot be read.
         """
-        return self._opened(pid, self._identify)
+        return self._opened(pid, self._identify, end_s=END_S)
 
     def reopen(self, identity: ProcessIdentity) -> VerifiedProcess:
         """Open a pidfd, then see that the process is still the one that was identified before.
@@ -316,7 +302,7 @@ class ProcessTable:
         return self._opened(identity.pid, lambda _pid: self._recognise(identity))
 
     def _opened(
-        self, pid: int, identify: Callable[[int], tuple[ProcessIdentity, CommandLine]]
+        self, pid: int, identify: Callable[[int], tuple[ProcessIdentity, CommandLine]], *, end_s: float = 0.0
     ) -> VerifiedProcess:
         try:
             pidfd = self._pidfd_open(pid)
@@ -329,7 +315,7 @@ class ProcessTable:
             if _readable(pidfd):
                 raise ProcessGone(f"pid {pid} ended while it was identified")
         except BaseException as error:
-            ended = _readable(pidfd)
+            ended = _readable(pidfd, wait_s=end_s if isinstance(error, _Exiting) else 0.0)
             os.close(pidfd)
             if ended and isinstance(error, HypervisorError):
                 raise ProcessGone(f"pid {pid} has ended") from error
@@ -410,7 +396,7 @@ class ProcessTable:
             sieve.candidates.append(candidate)
 
     def _executable_or_denied(self, pid: int) -> str | None:
-        """A QEMU's program, "" when it may not be read, None for what is certainly another program.
+        """A QEMU's program, "" when it cannot be read, None for what is certainly another program.
 
         Raises:
             ProcessGone: it has ended.
@@ -420,11 +406,14 @@ class ProcessTable:
         except PermissionError:
             return ""
         except FileNotFoundError:
-            if self._stat(pid).state not in "ZX":
-                return None  # a kernel thread
+            stat = self._stat(pid)
+            if stat.kernel_thread or not stat.exiting:
+                return None
             executable = self._executable(pid)
             if executable == "":
-                raise ProcessGone(f"pid {pid} has ended") from None
+                if stat.zombie:
+                    raise ProcessGone(f"pid {pid} has ended") from None
+                return ""
         return executable if self._matches(executable) else None
 
     def _pids(self) -> frozenset[int]:
@@ -436,9 +425,9 @@ class ProcessTable:
     def _identify(self, pid: int) -> tuple[ProcessIdentity, CommandLine]:
         try:
             start_time = self._stat(pid).start_time
-            executable = self._executable(pid)
-            if not executable or not self._matches(executable):
-                raise NotAVm(f"pid {pid} is {executable or 'no program'}, not a QEMU")
+            executable = self._program_of(pid)
+            if not self._matches(executable):
+                raise NotAVm(f"pid {pid} is {executable or 'a kernel thread'}, not a QEMU")
             command = parse_command_line(self._command_line(pid))
         except PermissionError as error:
             raise self._unreadable(pid, error) from error
@@ -457,18 +446,29 @@ class ProcessTable:
         try:
             if self._stat(pid).start_time != identity.start_time:
                 raise ProcessGone(f"{identity} has ended; its pid belongs to another process now")
-            executable = self._executable(pid)
+            executable = self._program_of(pid)
         except (FileNotFoundError, ProcessLookupError) as error:
             raise ProcessGone(f"{identity} has ended") from error
         except (OSError, ValueError) as error:
             raise Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True) from error
         if executable != identity.executable:
-            raise NotAVm(f"{identity} runs {executable or 'no program'} now")
+            raise NotAVm(f"{identity} runs {executable} now")
         unread = CommandLine((identity.vm_uuid,), "", no_reboot=True, passthrough=True, network_storage=True)
         return identity, unread
 
+    def _program_of(self, pid: int) -> str:
+        """The program's path; "" for a kernel thread.
+
+        Raises:
+            Unidentified: it exits.
+        """
+        executable = self._executable(pid)
+        if not executable and self._stat(pid).exiting:
+            raise _Exiting(pid)
+        return executable
+
     def _executable(self, pid: int) -> str:
-        """The program's path, without the mark of a replaced file; "" for a kernel thread or a zombie."""
+        """The program's path, without the mark of a replaced file; "" of a kernel thread, and at an exit."""
         for directory in self._sources(pid):
             try:
                 return self._program(f"{directory}")
@@ -491,7 +491,7 @@ class ProcessTable:
     def _sources(self, pid: int) -> Iterator[Path]:
         """Where to read of a process: itself; if its leader has exited while threads live, one of these."""
         yield self.proc / str(pid)
-        if self._stat(pid).state not in "ZX":
+        if not self._stat(pid).exiting:
             return
         tasks = self.proc / str(pid) / "task"
         for task in os.listdir(tasks):
@@ -501,7 +501,7 @@ class ProcessTable:
     def _stat(self, pid: int) -> Stat:
         descriptor = os.open(f"{self.proc}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            text = os.read(descriptor, _STAT_BYTES)
+            text = os.read(descriptor, STAT_BYTES)
         finally:
             os.close(descriptor)
         return parse_stat(text.decode("utf-8", "replace"))
@@ -587,7 +587,7 @@ def _exit_status_of_pidfd(pidfd: int) -> int | None:
     return int(fields[-1]) if fields[0] & _PIDFD_INFO_EXIT else None
 
 
-def _readable(pidfd: int) -> bool:
+def _readable(pidfd: int, *, wait_s: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(wait_s * 1000))

@@ -17,6 +17,8 @@ from tests.fakes.fence_service import FakeFenceService, PaperVm
 from tests.fakes.hub_pair import HOST, VM, FakePort, hub_pair
 from tests.integration.agents.agent_rig import Agent, Site, install_agent
 
+pytestmark = pytest.mark.slow
+
 
 def rewritten(agent: Agent, old: str, new: str) -> Agent:
     """The same agent with another line in its script."""

@@ -19,6 +19,8 @@ from tests.integration.guest.guest_rig import GuestSite, guest_site, guestd, in_
 from vmchannel_guest.fencing import FencingClient, HostUnreachable, NoAnswer
 from vmchannel_guest.reach import GuestReach
 
+pytestmark = pytest.mark.slow
+
 NODE1 = Announce("node1", "hostname")
 
 

@@ -4,41 +4,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.integration.host.libvirt_site import WAIT_S, libvirtd, shared_rig_dir, site
 from tests.integration.libvirt.libvirt_rig import PORT, a_domain, off_loop
-from tests.rig.fixtures import shared_rig_dir
 from tests.rig.libvirtd import Domain, Libvirtd
-from tests.system.site import Site, open_site
+from tests.system.site import Site
 from vmchannel_host.hypervisors.libvirt.plug_words import read_devices
 
-__all__ = ["shared_rig_dir"]
+__all__ = ["libvirtd", "shared_rig_dir", "site"]
 
-WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def libvirtd(shared_rig_dir: Path) -> Iterator[Libvirtd]:
-    shared_rig_dir.chmod(0o755)
-    made = Libvirtd(shared_rig_dir / "lv")
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def site(shared_rig_dir: Path, libvirtd: Libvirtd) -> Iterator[Site]:
-    with open_site(shared_rig_dir) as site:
-        entry = {"type": "libvirt", "uri": libvirtd.uri, "saves": str(libvirtd.saves)}
-        site.config = {"hypervisors": [entry]}
-        site.serve()
-        yield site
+pytestmark = pytest.mark.slow
 
 
 def portless(libvirtd: Libvirtd) -> Domain:

@@ -22,6 +22,8 @@ from vmchannel_host.journal.types import JournalBusy
 
 __all__ = ["rig_dir"]
 
+pytestmark = pytest.mark.slow
+
 UNIT_S = 60
 """TimeoutStopSec of the unit."""
 

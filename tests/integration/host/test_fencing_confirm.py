@@ -15,6 +15,8 @@ from tests.system.site import Site, open_site
 
 __all__ = ["shared_rig_dir"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def site(shared_rig_dir: Path) -> Iterator[Site]:

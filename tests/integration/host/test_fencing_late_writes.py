@@ -18,7 +18,7 @@ from tests.system.site import Site, open_site
 
 __all__ = ["rig_dir"]
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 WRITTEN = 6 * BYTES_PER_S
 """Six seconds of writing: less than the ten for which a kill's writes are waited for."""

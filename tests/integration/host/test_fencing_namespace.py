@@ -30,7 +30,10 @@ def _may_unshare() -> bool:
     return os.geteuid() == 0 and done.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _may_unshare(), reason="needs root to make a pid namespace")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _may_unshare(), reason="needs root to make a pid namespace"),
+]
 
 
 @pytest.fixture(scope="module")

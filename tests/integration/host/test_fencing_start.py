@@ -17,6 +17,8 @@ from tests.system.site import Site, open_site, script
 
 __all__ = ["shared_rig_dir"]
 
+pytestmark = pytest.mark.slow
+
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
 

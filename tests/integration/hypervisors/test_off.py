@@ -23,7 +23,8 @@ from tests.integration.hypervisors.qemu_rig import (
     watching,
 )
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.hypervisors.process import parse_stat, read_boot_id, read_pid_namespace
+from vmchannel_host.hypervisors.proc_stat import parse_stat
+from vmchannel_host.hypervisors.process import read_boot_id, read_pid_namespace
 from vmchannel_host.model import (
     BootId,
     EndCause,

@@ -11,20 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hypervisors.qemu_rig import Rig
-from tests.rig.libvirtd import Libvirtd
+from tests.rig import own_mounts
+from tests.rig.libvirtd import Libvirtd, running_libvirtd
 
 
 @contextmanager
 def a_libvirtd(*, system: bool = False) -> Generator[Libvirtd]:
-    """A libvirtd that runs, in a directory with a short path that everybody may enter."""
-    with tempfile.TemporaryDirectory(prefix="lv-") as directory:
-        Path(directory).chmod(0o755)
-        libvirtd = Libvirtd(Path(directory), system=system)
-        try:
-            libvirtd.start()
-            yield libvirtd
-        finally:
-            libvirtd.close()
+    """See `running_libvirtd`; in a directory of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="lv-") as directory,
+        running_libvirtd(Path(directory), system=system) as libvirtd,
+    ):
+        yield libvirtd
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +35,8 @@ def libvirtd() -> Iterator[Libvirtd]:
 @pytest.fixture(scope="module")
 def system_libvirtd() -> Iterator[Libvirtd]:
     """`qemu:///system`, shared by the tests of a module."""
+    if reason := own_mounts.why_not():
+        pytest.skip(reason)
     with a_libvirtd(system=True) as made:
         yield made
 

@@ -7,14 +7,22 @@ A stateful test: any order of opening, writing, stalling, going on, cutting the 
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fence_vmchannel.core.channel_state import MIN_WINDOW, largest_message, message_cost
 from fence_vmchannel.core.events import Limits
 from fence_vmchannel.core.sending import BULK_IN_FLIGHT
 from fence_vmchannel.hub.hub import LOCAL_LIMITS
+from tests.counts import Count
 from tests.fakes.relay_line import Line, Talk, data_frames
 
 LIMIT = 2 * MIN_WINDOW
@@ -133,8 +141,14 @@ class RelayedChannels(RuleBasedStateMachine):
         return data.draw(st.sampled_from([end for pair in self.pairs for end in pair]), label="end")
 
 
-TestRelayedChannels = RelayedChannels.TestCase
-TestRelayedChannels.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+@pytest.mark.counted
+def test_no_order_of_events_deadlocks_hubs_that_relay_or_makes_them_hold_more_than_they_may(
+    count: Count,
+) -> None:
+    lives = count(25, 100, "lives of two relaying hubs")
+    run_state_machine_as_test(
+        RelayedChannels, settings=settings(max_examples=lives, stateful_step_count=30, deadline=None)
+    )
 
 
 def test_with_every_reader_stalled_but_one_that_one_has_all_it_is_sent() -> None:

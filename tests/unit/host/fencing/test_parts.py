@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from dataclasses import replace
 
@@ -301,6 +302,19 @@ async def test_nothing_is_begun_when_the_daemon_does_not_run() -> None:
     with pytest.raises(RuntimeError, match="not running"):
         Tasks().spawn(work(), "work")
     assert begun == []
+
+
+@virtual_time
+async def test_a_task_that_is_cancelled_before_it_begins_leaves_nothing_behind() -> None:
+    """Else Python warns of a coroutine that was never awaited."""
+    tasks = Tasks()
+    running = asyncio.create_task(tasks.run())
+    await tasks.opened()
+    work = asyncio.sleep(1)
+    tasks.spawn(work, "work").cancel()
+    running.cancel()
+    await asyncio.wait((running,))
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
 # what off needs

@@ -7,14 +7,14 @@ import asyncio
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.unit.host.hypervisors.test_proc_stat import stat_line
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.detached import DetachedCalls
 from vmchannel_host.hypervisors.peer import QemuPeers, WrongPeer
@@ -25,7 +25,6 @@ from vmchannel_host.hypervisors.process import (
     ProcessTable,
     Unidentified,
     VerifiedProcess,
-    parse_stat,
 )
 from vmchannel_host.hypervisors.scanner import Scan, Scanner
 from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
@@ -37,9 +36,8 @@ BOOT = BootId("this-boot")
 SPACE = PidNamespace(4026532000)
 
 
-def stat_line(pid: int, start_time: int, *, command: str = "qemu", state: str = "S", threads: int = 1) -> str:
-    fields = [state, "1"] + ["0"] * 15 + [str(threads), "0", str(start_time)] + ["0"] * 30
-    return f"{pid} ({command}) {' '.join(fields)}\n"
+EXITING, KERNEL_THREAD = 0x4, 0x200000
+"""Flags of linux/sched.h."""
 
 
 class Proc:
@@ -60,29 +58,28 @@ class Proc:
         executable: str | None = QEMU,
         arguments: tuple[str, ...] = ("qemu", "-uuid", UUID),
         state: str = "S",
+        flags: int = 0,
+        threads: int = 1,
     ) -> None:
         directory = self.root / str(pid)
         (directory / "task").mkdir(parents=True)
-        self._fill(directory, pid, start_time, executable, arguments, state)
+        line = stat_line(pid, start_time, state=state, flags=flags, threads=threads)
+        self._fill(directory, line, executable, arguments)
 
     def add_thread(self, pid: int, thread: int) -> None:
         directory = self.root / str(pid) / "task" / str(thread)
         directory.mkdir()
-        self._fill(directory, thread, 100, QEMU, ("qemu", "-uuid", UUID), "S")
+        self._fill(directory, stat_line(thread, 100), QEMU, ("qemu", "-uuid", UUID))
 
-    def _fill(
-        self,
-        directory: Path,
-        pid: int,
-        start_time: int,
-        executable: str | None,
-        arguments: tuple[str, ...],
-        state: str,
-    ) -> None:
-        (directory / "stat").write_text(stat_line(pid, start_time, state=state))
+    def _fill(self, directory: Path, stat: str, executable: str | None, arguments: tuple[str, ...]) -> None:
+        (directory / "stat").write_text(stat)
         (directory / "cmdline").write_bytes("".join(f"{argument}\0" for argument in arguments).encode())
         if executable is not None:
             (directory / "exe").symlink_to(executable)
+
+    def opened(self, pid: int) -> bool:
+        """Whether somebody has opened a pidfd of it."""
+        return pid in self._writers
 
     def end(self, pid: int) -> None:
         os.close(self._writers.pop(pid))
@@ -122,19 +119,6 @@ def proc(tmp_path: Path) -> Iterator[Proc]:
     made.close()
 
 
-@pytest.mark.parametrize("command", ["qemu", "a) b", ") S 1 (", "x (y)", "", "\n) Z 9"])
-def test_the_start_time_is_read_whatever_the_command_is_called(command: str) -> None:
-    assert parse_stat(stat_line(7, 4711, command=command)).start_time == 4711
-
-
-@given(st.text(max_size=200))
-def test_any_text_is_a_stat_line_or_refused(text: str) -> None:
-    try:
-        parse_stat(text)
-    except ValueError:
-        return
-
-
 async def test_a_qemu_is_found_and_identified(proc: Proc) -> None:
     proc.add(10, start_time=77)
     proc.add(11, executable="/bin/sh", arguments=("sh",))
@@ -160,12 +144,49 @@ async def test_a_leader_that_has_exited_is_identified_by_its_living_threads(proc
     assert proc.keep(process).identity.vm_uuid == UUID
 
 
-async def test_a_zombie_without_threads_and_a_kernel_thread_are_no_vms(proc: Proc) -> None:
+@pytest.mark.parametrize("flags", [0, KERNEL_THREAD, KERNEL_THREAD | EXITING])
+async def test_a_zombie_without_threads_and_a_kernel_thread_are_no_vms(proc: Proc, flags: int) -> None:
     proc.add(10, executable=None, arguments=(), state="Z")
-    proc.add(11, executable=None, arguments=())
+    proc.add(11, executable=None, arguments=(), flags=flags)
     scan = await proc.scan()
     assert scan.new == []
     assert scan.problems == []
+
+
+EXITS = [
+    {"flags": EXITING},  # after its memory, before its files
+    {"state": "Z", "threads": 2},  # so do its threads
+]
+
+
+@pytest.mark.parametrize("exits", EXITS)
+async def test_s1_a_process_that_exits_and_shows_no_program_may_be_any_vm_until_it_has_ended(
+    proc: Proc, exits: dict[str, Any]
+) -> None:
+    """It may be a QEMU whose last writes are under way."""
+    proc.add(10, executable=None, arguments=(), **exits)
+    scan = await proc.scan()
+    assert scan.new == []
+    assert [(candidate.pid, problem.anyones) for candidate, problem in scan.unknown.items()] == [(10, True)]
+
+
+@pytest.mark.parametrize("exits", EXITS)
+def test_a_process_that_exits_is_waited_for_and_then_gone(proc: Proc, exits: dict[str, Any]) -> None:
+    proc.add(10, executable=None, arguments=(), **exits)
+    with ThreadPoolExecutor() as pool:
+        opening = pool.submit(proc.table().open, 10)
+        while not proc.opened(10):
+            pass
+        proc.end(10)
+        with pytest.raises(ProcessGone):
+            opening.result()
+
+
+@pytest.mark.parametrize("exits", EXITS)
+async def test_a_known_process_that_exits_is_not_lost(proc: Proc, exits: dict[str, Any]) -> None:
+    proc.add(10, executable=None, arguments=(), **exits)
+    scan = await proc.scan(frozenset({(10, 100)}))
+    assert (scan.lost, scan.problems) == (set(), [])
 
 
 def test_another_program_with_a_uuid_option_is_no_vm(proc: Proc) -> None:
