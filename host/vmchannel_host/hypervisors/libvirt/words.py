@@ -14,7 +14,7 @@ from typing import Final
 from xml.etree import ElementTree
 
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.model import Migration, Port, PortName, RunState, VmUuid
+from vmchannel_host.model import Migration, Port, PortName, RunState, SocketMode, VmUuid
 
 MAX_XML: Final = 4 * 1024 * 1024
 """Longest domain XML that is read, in characters; libvirt itself refuses more than 4 MiB in a message."""
@@ -186,9 +186,17 @@ def _channel(element: ElementTree.Element) -> Channel | None:
     if source is None or target is None or target.get("type") != "virtio":
         return None
     name, path = target.get("name", ""), source.get("path", "")
-    if not name or not path.startswith("/") or source.get("mode") != "bind":
+    if not name or not path.startswith("/") or source.get("mode") not in ("bind", "connect"):
         return None
-    port = Port(PortName(name), path, guest_open=target.get("state") == "connected")
+    mode, reconnect = SocketMode(source.get("mode")), source.find("reconnect")
+    again = reconnect is not None and reconnect.get("enabled") == "yes"
+    port = Port(
+        PortName(name),
+        path,
+        guest_open=target.get("state") == "connected",
+        mode=mode,
+        reconnects=again or mode is SocketMode.BIND,
+    )
     return Channel("" if alias is None else alias.get("name", ""), port)
 
 
