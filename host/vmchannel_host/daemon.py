@@ -219,6 +219,7 @@ class Daemon:
                 core.metrics.session_begun,
             )
             core.instances.subscribe(reporter.on_instance)
+            self._hypervisor.follow_defined_ports(ports.define)
             pace = Pace(self._settings.config.limits.requests, self._parts.clock)
             refused = partial(core.metrics.input_refused, "fence-message")
             hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, pace, refused).serve)

@@ -98,6 +98,16 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class DefinedPort:
+    """A port that a VM will have once it starts, and whose QEMU will connect."""
+
+    vm_uuid: VmUuid
+    vm_name: str  # untrusted text
+    port: PortName  # untrusted text
+    path: str  # of the unix socket
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One QEMU process of a VM, with what is known of it now."""
 

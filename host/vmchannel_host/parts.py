@@ -75,6 +75,7 @@ def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hos
             for one, source in zip(config.libvirt, libvirts, strict=True)
         ),
         libvirts=[one.state for one in libvirts],
+        defined_ports={one.uri: one.defined_ports.follow for one in libvirts},
     )
 
 

@@ -16,6 +16,7 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.peer import ChardevPeers
 from vmchannel_host.model import (
     NIL_UUID,
+    DefinedPort,
     Instance,
     Port,
     PortName,
@@ -25,7 +26,7 @@ from vmchannel_host.model import (
     VmUuid,
 )
 from vmchannel_host.port_sockets.expected import ExpectedLink
-from vmchannel_host.port_sockets.listeners import DefinedPort, PortListeners
+from vmchannel_host.port_sockets.listeners import PortListeners
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vmchannel_host.model import PortName, ProcessIdentity, VmUuid
+from vmchannel_host.model import DefinedPort, PortName, ProcessIdentity
 from vmchannel_host.port_sockets.expected import Claim, ExpectedLink, Verify
 from vmchannel_host.port_sockets.path_listener import PathListener, Processes
 from vmchannel_host.port_sockets.places import Place, SocketProblem, find_place
@@ -28,16 +28,6 @@ MAX_SOCKETS: Final = 4096
 """Sockets at a time."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DefinedPort:
-    """A port that a VM will have once it starts, and whose QEMU will connect."""
-
-    vm_uuid: VmUuid
-    vm_name: str  # untrusted text
-    port: PortName
-    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +89,12 @@ class PortListeners:
         """
         wanted = set(ports)
         claims = self._defined.setdefault(definer, {})
-        for gone in claims.keys() - wanted:
-            self._release(claims.pop(gone))
+        gone = [claims.pop(one) for one in claims.keys() - wanted]
         for new in sorted(wanted - claims.keys(), key=lambda one: (one.path, one.vm_uuid, one.port)):
             claims[new] = Claim(new.vm_uuid, new.vm_name, new.port, new.path)
             self._claim(claims[new], None)
+        for claim in gone:  # last: a socket that is wanted again stays
+            self._release(claim)
 
     def troubles(self) -> tuple[Trouble, ...]:
         """The ports for which there is no socket, and why."""

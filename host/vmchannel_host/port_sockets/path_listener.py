@@ -64,6 +64,7 @@ class PathListener:
         refused: Callable[[], None],
         report: Callable[[Claim, SocketProblem], None],
         wait_s: float = WAIT_S,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         """
         Args:
@@ -72,6 +73,7 @@ class PathListener:
             refused: called for each connection that is refused.
             report: told of each port when the socket cannot be had, once for each reason.
             wait_s: see WAIT_S.
+            max_waiting: see MAX_WAITING.
         """
         self.place = place
         self.claims: dict[Claim, None] = {}
@@ -80,6 +82,7 @@ class PathListener:
         self._refused = refused
         self._report = report
         self._wait_s = wait_s
+        self._max_waiting = max_waiting
         self._loop = asyncio.get_running_loop()
         self._socket: PortSocket | None = None
         self._uid: int | None = None  # of the QEMU for which the socket is
@@ -87,6 +90,11 @@ class PathListener:
         self._waiting: dict[int, _Waiting] = {}  # by pid
         self._resume: asyncio.TimerHandle | None = None
         self._noise = RateLimitedLog(_log, clock=time.monotonic)
+
+    @property
+    def waiting(self) -> int:
+        """Connections of QEMUs that have not been identified yet."""
+        return len(self._waiting)
 
     def claim(self, claim: Claim, uid: int | None) -> None:
         """Listen for that port, too; the first QEMU that runs decides whose the socket is.
@@ -214,8 +222,8 @@ class PathListener:
             self._route(sock, key)
         elif not may_be:
             self._refuse(sock, who.pid, "it is no QEMU")
-        elif who.pid not in self._waiting and len(self._waiting) >= MAX_WAITING:
-            self._refuse(sock, who.pid, f"{MAX_WAITING} QEMUs wait to be identified already")
+        elif who.pid not in self._waiting and len(self._waiting) >= self._max_waiting:
+            self._refuse(sock, who.pid, f"{self._max_waiting} QEMUs wait to be identified already")
         else:
             self._let_wait(sock, key)
 

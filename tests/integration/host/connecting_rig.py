@@ -42,6 +42,7 @@ class Server:
             partial(terms_of_port, HostConfig(HostName("hv1"))),
         )
         self._instances: dict[ProcessIdentity, Instance] = {}
+        hypervisor.follow_defined_ports(self.ports.define)
 
     async def follow(self) -> None:
         """Keep the ports in step, until cancelled."""
@@ -56,23 +57,27 @@ class Server:
         self._instances[event.instance.identity] = event.instance
         return event.instance.vm_uuid
 
-    def peer(self, qemu: Qemu) -> PeerStatus | None:
-        found = [peer for peer in self.hub.status().peers if peer.key == qemu.vm_uuid]
+    def look_at_ports(self, vm: VmUuid) -> None:
+        """Have the VM's ports asked for now."""
+        for identity in self._instances:
+            if identity.vm_uuid == vm:
+                self.hypervisor.look_at_ports(identity)
+
+    def peer(self, vm: VmUuid) -> PeerStatus | None:
+        found = [peer for peer in self.hub.status().peers if peer.key == vm]
         return found[0] if found else None
 
-    async def until_linked(self, qemu: Qemu, port: str = PORT) -> None:
+    async def until_linked(self, vm: VmUuid, port: str = PORT) -> None:
         """Wait until the port has a link, over which its guest is greeted."""
 
         def linked() -> bool:
-            peers = [
-                peer for peer in self.hub.peers if (peer.info.key, peer.info.port) == (qemu.vm_uuid, port)
-            ]
+            peers = [peer for peer in self.hub.peers if (peer.info.key, peer.info.port) == (vm, port)]
             return bool(peers) and peers[0].endpoint.linked
 
         await until(linked, f"a link of {port}")
 
-    async def until_gone(self, qemu: Qemu) -> None:
-        await until(lambda: self.peer(qemu) is None, "the end of its ports")
+    async def until_gone(self, vm: VmUuid) -> None:
+        await until(lambda: self.peer(vm) is None, "the end of its ports")
 
 
 async def until(wanted: Callable[[], bool], what: str) -> None:
@@ -91,19 +96,30 @@ async def serving(
 ) -> AsyncGenerator[Server, None]:
     """Run a hypervisor over the QMP sockets of a directory, and serve the ports of what it finds."""
     hypervisor = make_host(directory).hypervisor
-    listeners = PortListeners(
-        (listen_in or str(directory),), hypervisor.processes, refused=refused, check_s=0.2
-    )
+    async with served(hypervisor, listen_in or str(directory), refused) as server:
+        running = asyncio.create_task(hypervisor.run())
+        try:
+            yield server
+        finally:
+            running.cancel()
+            await asyncio.wait((running,))
+
+
+@asynccontextmanager
+async def served(
+    hypervisor: HostHypervisor, listen_in: str, refused: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Server, None]:
+    """Serve the ports of what a hypervisor finds; it is run by others."""
+    listeners = PortListeners((listen_in,), hypervisor.processes, refused=refused, check_s=0.2)
     with closing(listeners):
         async with Hub(PeerIdentity("boot", "test")) as hub:
             server = Server(hypervisor, hub, listeners)
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(one) for one in (hypervisor.run(), server.follow())]
-                try:
-                    yield server
-                finally:
-                    for task in running:
-                        task.cancel()
+            following = asyncio.create_task(server.follow())
+            try:
+                yield server
+            finally:
+                following.cancel()
+                await asyncio.wait((following,))
 
 
 def connecting(

@@ -14,6 +14,7 @@ from vmchannel_host.hypervisors import CannotStart, HypervisorError, NotProven
 from vmchannel_host.hypervisors.instances import Watched
 from vmchannel_host.hypervisors.libvirt import words
 from vmchannel_host.hypervisors.libvirt.connection import Connection, Patience
+from vmchannel_host.hypervisors.libvirt.defined_ports import DefinedPorts
 from vmchannel_host.hypervisors.libvirt.followed import Followed
 from vmchannel_host.hypervisors.libvirt.link import (
     DomainChanged,
@@ -74,6 +75,7 @@ class LibvirtSource:
         self._wall_clock = wall_clock
         self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
         self._probes = Probes()
+        self.defined_ports = DefinedPorts(self.call_link, poll_s=settings.patience.poll_s)
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
         self._listed = False  # libvirt has told all that it has, once
         self._mute = ""  # why the link that there is does not answer
@@ -109,6 +111,7 @@ class LibvirtSource:
         """New processes may be those of domains. Does not wait."""
         if self._watch.runs and self._task is None:
             self._task = self._watch.spawn(self._run(), f"libvirt {self.uri}")
+            self._watch.spawn(self.defined_ports.run(), f"definitions of {self.uri}")
         for vm, one in list(self._followed.items()):
             if one.watched.process.ended():
                 self._forget(vm, one)
@@ -304,6 +307,7 @@ class LibvirtSource:
         self._mute = ""
         self._domains = {record.vm_uuid: record for record in records}
         self._listed = True
+        self.defined_ports.listed(self.defined())
         for record in records:
             if record.active:
                 self._follow(record)
@@ -413,6 +417,8 @@ class LibvirtSource:
                 one.stopped(event, managed_save=False)
         if event.event == words.STARTED:
             self._watch.rescan.set()
+        if event.event in (words.DEFINED, words.UNDEFINED):
+            self.defined_ports.changed(vm)
         self._look_at(vm)
 
     async def _saved(self, event: Lifecycle, one: Followed) -> None:
