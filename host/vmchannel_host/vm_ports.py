@@ -26,7 +26,7 @@ from vmchannel_host.model import (
     VmUuid,
 )
 from vmchannel_host.port_sockets.expected import ExpectedLink
-from vmchannel_host.port_sockets.listeners import PortListeners
+from vmchannel_host.port_sockets.listeners import PortListeners, Trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,10 @@ class VmPorts:
     def define(self, definer: str, ports: Iterable[DefinedPort]) -> None:
         """These ports are defined there now, and their QEMUs will connect; see `PortListeners.define`."""
         self._listeners.define(definer, [one for one in ports if one.port.startswith(self._prefix)])
+
+    def troubles(self) -> tuple[Trouble, ...]:
+        """Ports whose QEMUs connect where nothing listens."""
+        return self._listeners.troubles()
 
     def served(self) -> tuple[VmPort, ...]:
         """All ports that are attached now."""

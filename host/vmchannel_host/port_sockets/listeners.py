@@ -99,7 +99,7 @@ class PortListeners:
     def troubles(self) -> tuple[Trouble, ...]:
         """The ports for which there is no socket, and why."""
         found = [
-            (claim, one.problem if isinstance(one, PathListener) else one)
+            (claim, one.problem_of(claim) if isinstance(one, PathListener) else one)
             for claim, one in self._claims.items()
         ]
         return tuple(Trouble(claim, str(one), one.remedy) for claim, one in found if one is not None)

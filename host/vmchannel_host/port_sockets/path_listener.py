@@ -86,7 +86,8 @@ class PathListener:
         self._loop = asyncio.get_running_loop()
         self._socket: PortSocket | None = None
         self._uid: int | None = None  # of the QEMU for which the socket is
-        self._expected: dict[int, list[ExpectedLink]] = {}  # by pid
+        self._links: dict[Claim, ExpectedLink] = {}
+        self._expected: dict[int, list[ExpectedLink]] = {}  # the same, by pid
         self._waiting: dict[int, _Waiting] = {}  # by pid
         self._resume: asyncio.TimerHandle | None = None
         self._noise = RateLimitedLog(_log, clock=time.monotonic)
@@ -117,24 +118,34 @@ class PathListener:
 
     def expect(self, link: ExpectedLink) -> None:
         """The connection of that process is its port's; it may have come already."""
-        of_process = self._expected.setdefault(link.identity.pid, [])
+        pid = link.identity.pid
+        self._links[link.claim] = link
+        of_process = self._expected.setdefault(pid, [])
         of_process.append(link)
-        self._tell_twins(of_process)
-        waiting = self._waiting.pop(link.identity.pid, None)
+        self._tell(of_process)
+        waiting = self._waiting.pop(pid, None)
         if waiting is not None:
             waiting.timer.cancel()
             self._route(waiting.sock, waiting.key)
 
+    def problem_of(self, claim: Claim) -> SocketProblem | None:
+        """Why no connection can come for that port; None while one can."""
+        link = self._links.get(claim)
+        twins = link is not None and len(self._expected[link.identity.pid]) > 1
+        return self.problem or (_TWINS if twins else None)
+
     def release(self, claim: Claim) -> None:
         """That port is waited for no more."""
         self.claims.pop(claim, None)
-        for pid, links in list(self._expected.items()):
-            for link in [link for link in links if link.claim is claim]:
-                links.remove(link)
-                link.drop()
-                self._tell_twins(links)
-            if not links:
-                del self._expected[pid]
+        link = self._links.pop(claim, None)
+        if link is None:
+            return
+        link.drop()
+        of_process = self._expected[link.identity.pid]
+        of_process.remove(link)
+        self._tell(of_process)
+        if not of_process:
+            del self._expected[link.identity.pid]
         if not self._expected:
             self._uid = None
 
@@ -153,9 +164,9 @@ class PathListener:
             waiting.timer.cancel()
             waiting.sock.close()
         self._waiting.clear()
-        for links in self._expected.values():
-            for link in links:
-                link.drop()
+        for link in self._links.values():
+            link.drop()
+        self._links.clear()
         self._expected.clear()
 
     # --- the socket
@@ -171,7 +182,7 @@ class PathListener:
         else:
             self.problem = None
             self._loop.add_reader(self._socket.fileno(), self._accept)
-        self._tell_problem()
+        self._tell(self._links.values())
 
     def _close_socket(self) -> None:
         if self._resume is not None:
@@ -182,13 +193,9 @@ class PathListener:
             self._socket.close()
             self._socket = None
 
-    def _tell_problem(self) -> None:
-        for links in self._expected.values():
-            self._tell_twins(links)
-
-    def _tell_twins(self, links: list[ExpectedLink]) -> None:
-        problem = self.problem or (_TWINS if len(links) > 1 else None)
+    def _tell(self, links: Iterable[ExpectedLink]) -> None:
         for link in links:
+            problem = self.problem_of(link.claim)
             link.problem = f"{problem}; {problem.remedy}" if problem is not None else ""
 
     # --- connections

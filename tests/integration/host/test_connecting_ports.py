@@ -142,3 +142,4 @@ async def test_two_ports_of_one_vm_at_one_path_are_both_refused(rig: Rig) -> Non
             lambda: "cannot be told" in getattr(server.peer(qemu.vm_uuid), "detail", ""), "the problem"
         )
         assert not any(peer.endpoint.linked for peer in server.hub.peers)
+        assert [one.claim.port for one in server.listeners.troubles()] == [PORT, "org.vmchannel.1"]
