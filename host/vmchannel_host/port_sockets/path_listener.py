@@ -111,6 +111,9 @@ class PathListener:
             self._socket.check_directory(uid)
             if self._uid is None:
                 self._socket.give_to(uid)
+            elif uid not in (0, owner := self._socket.owner()):  # else libvirt has given it to this one
+                reason = f"its QEMU runs as uid {uid}, and the socket is for one of uid {owner}"
+                raise SocketProblem(reason, "let only VMs of one user share a path")
         self.claims[claim] = None
         self._uid = uid if self._uid is None else self._uid
         if self._socket is None:

@@ -300,6 +300,19 @@ async def test_no_more_processes_wait_than_may(listening: Listening) -> None:
     assert listening.refused == ["one"]
 
 
+@as_root
+async def test_qemus_of_two_users_cannot_share_a_socket_unless_it_is_given_on(listening: Listening) -> None:
+    first, other = listening.link().claim, listening.link().claim
+    with closing(listening.listener()) as listener:
+        listener.claim(first, None)
+        listener.claim(first, NOBODY)
+        assert os.stat(listening.place.path).st_uid == NOBODY
+        with pytest.raises(SocketProblem, match=f"uid {NOBODY}"):
+            listener.claim(other, 1000)
+        os.chown(listening.place.path, 1000, -1)  # as libvirt does when it starts the domain
+        listener.claim(other, 1000)
+
+
 async def test_the_newest_connection_of_a_port_is_the_one_that_counts(listening: Listening) -> None:
     link = listening.link()
     with closing(listening.listener()) as listener:
