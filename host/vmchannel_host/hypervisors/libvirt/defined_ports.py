@@ -21,8 +21,8 @@ T = TypeVar("T")
 READ_S: Final = 5.0
 """How long one definition may take to read, seconds."""
 
-POLL_S: Final = 60.0
-"""When all are read again, seconds: libvirt sends no event of a device that was added to a definition."""
+POLL_S: Final = 300.0
+"""When all are read again, though no event came, seconds."""
 
 RETRY_S: Final = 1.0
 """When libvirt is asked again that did not answer, seconds."""

@@ -75,7 +75,7 @@ class LibvirtSource:
         self._wall_clock = wall_clock
         self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
         self._probes = Probes()
-        self.defined_ports = DefinedPorts(self.call_link, poll_s=settings.patience.poll_s)
+        self.defined_ports = DefinedPorts(self.call_link)
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
         self._listed = False  # libvirt has told all that it has, once
         self._mute = ""  # why the link that there is does not answer

@@ -59,8 +59,8 @@ class MadeUpDefinitions:
 
 
 @asynccontextmanager
-async def following(made: MadeUpDefinitions) -> AsyncGenerator[DefinedPorts, None]:
-    ports = DefinedPorts(made.call)
+async def following(made: MadeUpDefinitions, *, poll_s: float = 600.0) -> AsyncGenerator[DefinedPorts, None]:
+    ports = DefinedPorts(made.call, poll_s=poll_s)
     ports.follow(made.told.append)
     running = asyncio.create_task(ports.run())
     try:
@@ -104,6 +104,15 @@ async def test_a_list_that_tells_nothing_new_has_nothing_read_and_nothing_told()
         made.texts[VM1] = xml("/run/b")
         await made.until(port(VM1, "vm1", "/run/b"))
         assert (made.reads, len(made.told)) == (before[0] + 2, before[1] + 1)
+
+
+async def test_a_change_without_an_event_is_found_in_time() -> None:
+    made = MadeUpDefinitions()
+    made.texts = {VM1: xml()}
+    async with following(made, poll_s=0.01) as ports:
+        ports.listed({VM1: "vm1"})
+        made.texts[VM1] = xml("/run/a")
+        await made.until(port(VM1, "vm1", "/run/a"))
 
 
 async def test_a_definition_that_cannot_be_read_keeps_what_was_known_and_holds_up_no_other() -> None:
