@@ -235,6 +235,7 @@ class Hub:
         role: Role = Role.HOST,
         terms: PeerTerms | None = None,
         owner: str = "",
+        remake: bool = True,
     ) -> None:
         """Keep a session with `peer` over links that `connector` makes, until `detach`.
 
@@ -245,6 +246,8 @@ class Hub:
             terms: what it may have; None: the hub's.
             owner: says whose session it is, beyond the peer's name: one that an earlier process has left is
                 resumed only if it was the same one's.
+            remake: close a link to a guest over which nothing comes, for another one (MUTE_S); False where no
+                other would come.
 
         Raises:
             LocalProtocolError: it is attached already.
@@ -267,7 +270,8 @@ class Hub:
             endpoint.connection.set_limits(terms.limits)
             endpoint.belong(peer, observer)
             endpoint.abandon(terms.keeps)  # the peer is away until it has greeted this process
-        entry = Peer(peer, endpoint, connector, terms, owner, mute_rounds=1 if role is Role.HOST else 0)
+        mute_rounds = 1 if role is Role.HOST and remake else 0
+        entry = Peer(peer, endpoint, connector, terms, owner, mute_rounds=mute_rounds)
         self._peers.add(entry)
         entry.task = self._tasks.start(keep_linked(entry, self._peers), f"link to {peer}")
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,9 @@ from vmchannel_host.journal.types import JournalError, JournalLocked
 from vmchannel_host.journal.unusable import UnusableJournal
 from vmchannel_host.model import VmUuid
 from vmchannel_host.notify import Notifier
-from vmchannel_host.parts import Parts, host_hypervisor, real_parts, warn_of_namespace
+from vmchannel_host.parts import Parts, host_hypervisor, port_listeners, real_parts, warn_of_namespace
 from vmchannel_host.policy.aliases import AliasTable
+from vmchannel_host.port_sockets.listeners import CONNECT_DIRECTORY, PortListeners
 from vmchannel_host.port_terms import terms_of_port
 from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.reporter import Reporter
@@ -149,6 +150,7 @@ class Daemon:
         try:
             config.paths.run.mkdir(mode=0o755, parents=True, exist_ok=True)
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_connect_directory(config.paths.run / CONNECT_DIRECTORY)
             journal = await self._unless_stopped(self._open_journal(config))
         except (JournalError, OSError) as error:
             raise StartError(str(error)) from error
@@ -197,11 +199,18 @@ class Daemon:
         except JournalError as error:
             raise StartError(f"the journal cannot be read: {error}") from error
         self._coordinator = core.coordinator
+        refuse = partial(core.metrics.input_refused, "port-connection")
+        listeners = port_listeners(self._settings.config, self._parts, refuse)
+        with closing(listeners):  # last: sockets that nobody serves are removed
+            await self._run_hub(core, journal, listeners)
+
+    async def _run_hub(self, core: _Core, journal: Journal, listeners: PortListeners) -> None:
         async with self._build_hub() as hub:
             ports = VmPorts(
                 hub,
                 self._settings.config.ports.prefix,
                 self._parts.peers,
+                listeners,
                 self._hypervisor.look_at_ports,
                 partial(terms_of_port, self._settings.config),
             )
@@ -214,6 +223,7 @@ class Daemon:
                 core.metrics.session_begun,
             )
             core.instances.subscribe(reporter.on_instance)
+            self._hypervisor.follow_defined_ports(ports.define)
             pace = Pace(self._settings.config.limits.requests, self._parts.clock)
             refused = partial(core.metrics.input_refused, "fence-message")
             hub.offer(FENCE_SERVICE, FenceChannels(core.answers, reporter.on_guest, pace, refused).serve)
@@ -418,6 +428,11 @@ class Daemon:
         while interval_s is not None:
             self._notifier.watchdog()
             await asyncio.sleep(interval_s)
+
+
+def _make_connect_directory(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    path.chmod(0o711)  # whatever the umask: QEMU's user finds the socket that is his
 
 
 class _Stopped(Exception):

@@ -79,13 +79,32 @@ class Migration(Enum):
     UNKNOWN = "unknown"  # the monitor is mute or absent
 
 
+class SocketMode(Enum):
+    """Who listens on the unix socket of a port's chardev; the values are libvirt's words."""
+
+    BIND = "bind"  # QEMU does, we connect
+    CONNECT = "connect"  # we do, QEMU connects
+
+
 @dataclass(frozen=True, slots=True)
 class Port:
     """A virtio-serial port of an instance, as its hypervisor describes it."""
 
     name: PortName
-    chardev_path: str  # unix socket on which QEMU listens for us
+    chardev_path: str  # unix socket of its chardev
     guest_open: bool  # the guest has the port open (frontend-open)
+    mode: SocketMode = SocketMode.BIND
+    reconnects: bool = True  # CONNECT: QEMU connects again after an end; False: it is known not to
+
+
+@dataclass(frozen=True, slots=True)
+class DefinedPort:
+    """A port that a VM will have once it starts, and whose QEMU will connect."""
+
+    vm_uuid: VmUuid
+    vm_name: str  # untrusted text
+    port: PortName  # untrusted text
+    path: str  # of the unix socket
 
 
 @dataclass(frozen=True, slots=True)

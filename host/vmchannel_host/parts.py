@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fence_vmchannel.hub.hub import boot_clock
 from vmchannel_host.config.model import HostConfig
@@ -28,6 +29,7 @@ from vmchannel_host.hypervisors.process import (
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.source import Source, Starter
 from vmchannel_host.model import PidNamespace
+from vmchannel_host.port_sockets.listeners import PortListeners, default_directories
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +75,24 @@ def host_hypervisor(config: HostConfig, parts: Parts, launcher: Launcher) -> Hos
             for one, source in zip(config.libvirt, libvirts, strict=True)
         ),
         libvirts=[one.state for one in libvirts],
+        defined_ports={one.uri: one.defined_ports.follow for one in libvirts},
     )
+
+
+def port_listeners(config: HostConfig, parts: Parts, refused: Callable[[], None]) -> PortListeners:
+    """Where QEMUs may connect. `refused` is called for each connection that is none of theirs."""
+    given = config.ports.listen_in
+    usual = default_directories(
+        str(config.paths.run),
+        (pattern for one in config.qmp for pattern in one.sockets),
+        (str(path) for one in config.libvirt for path in _channel_directories(one.saves)),
+    )
+    return PortListeners(usual if given is None else given, parts.processes, refused=refused)
+
+
+def _channel_directories(saves: Path) -> tuple[Path, Path]:
+    directory = channel_directory(saves)
+    return directory.parent, directory
 
 
 def _qmp_sockets(config: HostConfig, watch: ProcessWatch) -> tuple[Source, ...]:

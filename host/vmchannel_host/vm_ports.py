@@ -8,12 +8,25 @@ from dataclasses import dataclass
 
 from fence_vmchannel.errors import LinkError
 from fence_vmchannel.hub.hub import Hub
+from fence_vmchannel.hub.peer_table import Connector
 from fence_vmchannel.hub.terms import PeerTerms
 from fence_vmchannel.links.chardev import ChardevConnector
 from fence_vmchannel.peers import PeerInfo, PeerKind
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.peer import ChardevPeers
-from vmchannel_host.model import NIL_UUID, Instance, Port, PortName, ProcessIdentity, RunState, VmUuid
+from vmchannel_host.model import (
+    NIL_UUID,
+    DefinedPort,
+    Instance,
+    Port,
+    PortName,
+    ProcessIdentity,
+    RunState,
+    SocketMode,
+    VmUuid,
+)
+from vmchannel_host.port_sockets.expected import ExpectedLink
+from vmchannel_host.port_sockets.listeners import PortListeners, Trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class VmPorts:
         hub: Hub,
         prefix: str,
         peers: ChardevPeers,
+        listeners: PortListeners,
         look: Callable[[ProcessIdentity], None],
         terms: Callable[[PortName], PeerTerms],
     ) -> None:
@@ -46,16 +60,19 @@ class VmPorts:
         Args:
             hub: gets the ports as peers.
             prefix: of the names of ports to serve.
-            peers: checks who listens behind a chardev's socket.
+            peers: checks who is behind a chardev's socket.
+            listeners: where QEMUs connect.
             look: has the hypervisor ask anew whether an instance's guest has its ports open.
             terms: what the guest at a port of that name may have.
         """
         self._hub = hub
         self._prefix = prefix
         self._peers = peers
+        self._listeners = listeners
         self._look = look
         self._terms = terms
         self._served: dict[tuple[VmUuid, PortName], tuple[VmPort, PeerInfo]] = {}
+        self._expected: dict[PeerInfo, ExpectedLink] = {}
 
     def update(self, vm: VmUuid, instances: Iterable[Instance]) -> None:
         """The VM has these instances now: attach and detach what changed."""
@@ -65,7 +82,7 @@ class VmPorts:
             want = wanted.get(key[1])
             if want is None or _is_another(want, served):
                 del self._served[key]
-                self._hub.detach(peer)
+                self._detach(peer)
         for name, want in wanted.items():
             key = (vm, name)
             if key not in self._served:
@@ -87,6 +104,14 @@ class VmPorts:
         if found is not None and not found[0].port.guest_open:
             self._look(found[0].identity)
 
+    def define(self, definer: str, ports: Iterable[DefinedPort]) -> None:
+        """These ports are defined there now, and their QEMUs will connect; see `PortListeners.define`."""
+        self._listeners.define(definer, [one for one in ports if one.port.startswith(self._prefix)])
+
+    def troubles(self) -> tuple[Trouble, ...]:
+        """Ports whose QEMUs connect where nothing listens."""
+        return self._listeners.troubles()
+
     def served(self) -> tuple[VmPort, ...]:
         """All ports that are attached now."""
         return tuple(port for port, _ in self._served.values())
@@ -106,9 +131,34 @@ class VmPorts:
         peer = PeerInfo(
             name=port.name or port.vm_uuid, kind=PeerKind.VM, port=port.port.name, key=port.vm_uuid, info=port
         )
-        connector = ChardevConnector(port.port.chardev_path, self._verifier(port))
-        self._hub.attach(peer, connector, terms=self._terms(port.port.name), owner=_owner(port))
+        self._hub.attach(
+            peer,
+            self._connector(port, peer),
+            terms=self._terms(port.port.name),
+            owner=_owner(port),
+            remake=port.port.reconnects,
+        )
         return peer
+
+    def _connector(self, port: VmPort, peer: PeerInfo) -> Connector:
+        path = port.port.chardev_path
+        if port.port.mode is SocketMode.BIND:
+            return ChardevConnector(path, self._verifier(port))
+        link = self._listeners.expect(
+            path,
+            port.identity,
+            port.name,
+            port.port.name,
+            lambda pid: self._peers.verify(pid, port.identity),
+        )
+        self._expected[peer] = link
+        return link
+
+    def _detach(self, peer: PeerInfo) -> None:
+        self._hub.detach(peer)
+        link = self._expected.pop(peer, None)
+        if link is not None:
+            self._listeners.release(link)
 
     def _verifier(self, port: VmPort) -> Callable[[int], Awaitable[None]]:
         async def check(pid: int) -> None:
@@ -127,8 +177,8 @@ def _owner(port: VmPort) -> str:
 
 
 def _is_another(want: VmPort, served: VmPort) -> bool:
-    return (want.identity, want.name, want.port.chardev_path) != (
-        served.identity,
-        served.name,
-        served.port.chardev_path,
-    )
+    return _essence(want) != _essence(served)
+
+
+def _essence(one: VmPort) -> tuple[object, ...]:
+    return (one.identity, one.name, one.port.chardev_path, one.port.mode)

@@ -24,10 +24,12 @@ from vmchannel_host.config.yaml_text import MAX_DEPTH, Value, YamlError, parse_y
 from vmchannel_host.fencing.codec import Unreadable, read_intent, read_outcome, read_phase
 from vmchannel_host.fencing.ordered import Phase
 from vmchannel_host.hot_plug import PlugOrder
+from vmchannel_host.hypervisors.chardev_words import Connecting
 from vmchannel_host.hypervisors.cmdline import parse_command_line
 from vmchannel_host.hypervisors.proc_stat import parse_stat
 from vmchannel_host.hypervisors.qmp_state import (
     BadReply,
+    connecting_of,
     make_port,
     migration_after_event,
     network_has_passthrough,
@@ -149,10 +151,11 @@ def fuzz_qmp(data: bytes) -> None:
     for before in Migration:
         assert migration_after_event(reply, before, RunState.RUNNING) in Migration
     with suppress(BadReply):
-        chardevs = parse_chardevs(reply, "/run")
+        chardevs = parse_chardevs(reply, "/run", [Connecting("c", "c.sock")])
         for label, chardev in chardevs.items():
             assert chardev.path.startswith("/")
             make_port("org.vmchannel.0", label, chardevs)
+        assert all(one.path.startswith("/") for one in connecting_of(chardevs))
 
 
 # --- /proc ---
@@ -164,6 +167,7 @@ def fuzz_cmdline(data: bytes) -> None:
     assert command.vm_uuid is None or command.vm_uuid in command.uuids
     assert all(len(uuid) == 36 for uuid in command.uuids)
     assert len(command.name.encode("utf-8")) <= 4 * len(data)
+    assert all(one.path for one in command.connecting)
 
 
 def fuzz_stat(data: bytes) -> None:

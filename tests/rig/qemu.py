@@ -35,6 +35,7 @@ class VmSpec:
     ports: tuple[str, ...] = (PORT,)
     controller: bool = True  # a virtio-serial controller; without, there can be no ports
     port_ids: bool = True  # as libvirt gives them; without, QEMU sends no VSERPORT_CHANGE
+    connects: bool = False  # QEMU connects to the ports' sockets, again and again, and listens on none
     machine: str = "q35"  # "none" starts fastest; it has no bus, so no ports
     accel: str = "tcg"
     memory_mib: int = 320
@@ -78,7 +79,8 @@ class VmSpec:
     @property
     def sockets(self) -> tuple[Path, ...]:
         """All that QEMU makes, in no order."""
-        ports = () if self.machine == "none" else tuple(self.port_socket(port) for port in self.ports)
+        listens = self.machine != "none" and not self.connects
+        ports = tuple(self.port_socket(port) for port in self.ports) if listens else ()
         control = (self.control,) if self.image is not None else ()
         return (self.qmp, self.rig_qmp, *ports, *control)
 
@@ -116,7 +118,8 @@ def _ports(spec: VmSpec) -> list[str]:
     options = ["-device", "virtio-serial-pci,id=vserial"] if spec.controller else []
     for number, port in enumerate(spec.ports):
         path = _quoted(str(spec.port_socket(port)))
-        options += ["-chardev", f"socket,id=port{number},path={path},server=on,wait=off"]
+        mode = "server=off,reconnect=1" if spec.connects else "server=on,wait=off"
+        options += ["-chardev", f"socket,id=port{number},path={path},{mode}"]
         device = f"virtserialport,bus=vserial.0,chardev=port{number},name={_quoted(port)}"
         options += ["-device", f"{device},id=vport{number}" if spec.port_ids else device]
     return options

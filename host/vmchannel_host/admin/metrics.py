@@ -17,10 +17,11 @@ from vmchannel_host.printable import printable
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-HostKind = Literal["fence-message", "admin-request"]
-"""Input that the host daemon itself refuses: a message on a fence channel, a request to the admin API."""
+HostKind = Literal["fence-message", "admin-request", "port-connection"]
+"""Input that the host daemon itself refuses: a message on a fence channel, a request to the admin API, a
+connection to a socket for QEMUs."""
 
-HOST_KINDS: Final[tuple[HostKind, ...]] = ("fence-message", "admin-request")
+HOST_KINDS: Final[tuple[HostKind, ...]] = ("fence-message", "admin-request", "port-connection")
 
 SessionBegin = Literal["new", "resumed", "reset"]
 

@@ -72,6 +72,7 @@ def _ports(tree: Value) -> PortsConfig:
         overrides=_frozen({PortName(name): _port_limits(value, limits) for name, value in overrides.items()}),
         services=_frozen({name: _port_limits(value, WIDEST) for name, value in services.items()}),
         raw=tuple(PortName(_text(name)) for name in as_list(at(tree, "raw"))),
+        listen_in=_directories(at(tree, "listen_in")),
     )
 
 
@@ -81,6 +82,10 @@ def _port_limits(tree: Value, default: PortLimits) -> PortLimits:
         guest_byte_limit=_get(tree, "guest_byte_limit", parse_size, default.guest_byte_limit),
         cache_buffers=_flag(tree, "cache_buffers", default.cache_buffers),
     )
+
+
+def _directories(tree: Value) -> tuple[str, ...] | None:
+    return None if tree is None else tuple(_text(one) for one in as_list(tree))
 
 
 def _hypervisors(tree: Value) -> tuple[HypervisorConfig, ...]:

@@ -7,6 +7,7 @@ Pure. Each check is safe on any tree, also one that breaks its schema, so that a
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -158,6 +159,10 @@ def _ports(tree: Value) -> Iterator[Violation]:
         if name == FENCE_SERVICE or name.startswith("."):
             message = "its memory is reserved and nothing of it is dropped: no limit of a service applies"
             yield Violation(("ports", "services", name), True, message)
+    for index, directory in enumerate(as_list(at(tree, "ports", "listen_in"))):
+        if isinstance(directory, str) and re.fullmatch(r"/[^/]*/*", directory):
+            message = f"{show(directory)} is a directory that all programs share: name one below it"
+            yield Violation(("ports", "listen_in", index), False, message)
     for index, raw in enumerate(as_list(at(tree, "ports", "raw"))):
         if isinstance(raw, str) and raw.startswith(prefix):
             message = f"{show(raw)} begins with the prefix {prefix!r}: it is served, and cannot be raw"

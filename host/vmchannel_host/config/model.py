@@ -97,6 +97,7 @@ class PortsConfig:
     overrides: Mapping[PortName, PortLimits] = field(default_factory=lambda: MappingProxyType({}))  # complete
     services: Mapping[str, PortLimits] = field(default_factory=lambda: MappingProxyType({}))  # narrow only
     raw: tuple[PortName, ...] = ()  # ports of other programs, offered as raw streams
+    listen_in: tuple[str, ...] | None = None  # directories for the sockets of QEMUs that connect; None: usual
 
     def limits_of(self, name: PortName) -> PortLimits:
         """The limits of one port: its override, or those of the section."""

@@ -144,6 +144,7 @@ HOST_SCHEMA: Schema = _section(
                 "overrides": _mapping("port", _section(_LIMITS)),
                 "services": _mapping("service", _section(_LIMITS)),
                 "raw": _list(_scalar("port")),
+                "listen_in": _list(_scalar("path")),
             }
         ),
         "hypervisors": _list(_HYPERVISOR),

@@ -23,6 +23,7 @@ from vmchannel_host.doctor.facts import (
     MachineFacts,
     PolicyFact,
     PortFact,
+    UnheardFact,
     VmFact,
 )
 from vmchannel_host.doctor.rules import judge
@@ -30,10 +31,11 @@ from vmchannel_host.fencing import evidence
 from vmchannel_host.fencing.evidence import Rules
 from vmchannel_host.hypervisors.source import LibvirtState
 from vmchannel_host.journal.types import JournalError, OperationRows, VerifyResult
-from vmchannel_host.model import BootId, RunState, VmUuid
+from vmchannel_host.model import BootId, RunState, SocketMode, VmUuid
 from vmchannel_host.policy.aliases import AliasTable
 from vmchannel_host.policy.policy import Policy
 from vmchannel_host.policy.vm_directory import VmDirectory
+from vmchannel_host.port_sockets.listeners import Trouble
 from vmchannel_host.registry.registry import VmRegistry
 from vmchannel_host.vm_ports import VmPorts
 
@@ -107,7 +109,8 @@ class Doctor:
 
     async def examine(self) -> tuple[Finding, ...]:
         """All findings. Takes as long as its two deadlines allow."""
-        paths = [port.port.chardev_path for port in self.ports.served()]
+        served = [one.port for one in self.ports.served()]
+        paths = [port.chardev_path for port in served if port.mode is SocketMode.BIND]
         machine = await self.machine.facts(paths, MACHINE_S)
         journal = await self._journal()
         directory = self.registry.directory()
@@ -120,6 +123,7 @@ class Doctor:
                     sorted((self._vm(vm, directory) for vm in self.registry.vms()), key=lambda vm: vm.name)
                 ),
                 ports=tuple(self._ports(directory)),
+                unheard=tuple(map(self._unheard, self.ports.troubles())),
                 conflicts=tuple(one.text for one in self.registry.all_conflicts()),
                 libvirts=tuple(self._libvirt(one, directory) for one in self.libvirts()),
                 policy=self._policy(directory),
@@ -164,9 +168,15 @@ class Doctor:
                     grouped=bool(self.policy().groups_of(port.vm_uuid, directory)),
                     software=peer.software if peer is not None else "",
                     problem=peer.detail if peer is not None else "",
+                    reconnects=port.port.reconnects,
                 )
             )
         return sorted(found, key=lambda port: (port.vm, port.port))
+
+    def _unheard(self, one: Trouble) -> UnheardFact:
+        claim = one.claim
+        vm = self.registry.name(claim.vm_uuid) or claim.vm_name or claim.vm_uuid
+        return UnheardFact(vm, claim.port, claim.path, one.reason, one.remedy)
 
     def _policy(self, directory: VmDirectory) -> PolicyFact:
         policy, cluster = self.policy(), self.cluster()

@@ -87,6 +87,18 @@ class PortFact:
     grouped: bool = True  # some group holds its VM
     software: str = ""  # what the guest's hub says that it is; untrusted text
     problem: str = ""  # why it is not connected, as far as known
+    reconnects: bool = True  # False: its QEMU connects to us, once
+
+
+@dataclass(frozen=True, slots=True)
+class UnheardFact:
+    """A port to which the VM's QEMU connects, or will, where the daemon cannot listen."""
+
+    vm: str  # untrusted text
+    port: str  # untrusted text
+    path: str  # untrusted text
+    reason: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,7 @@ class DaemonFacts:
     state: str = "ready"
     vms: tuple[VmFact, ...] = ()
     ports: tuple[PortFact, ...] = ()
+    unheard: tuple[UnheardFact, ...] = ()
     conflicts: tuple[str, ...] = ()  # sentences
     libvirts: tuple[LibvirtFact, ...] = ()
     policy: PolicyFact = field(default_factory=PolicyFact)

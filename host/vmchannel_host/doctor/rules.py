@@ -144,9 +144,15 @@ def _daemon(facts: DaemonFacts, held: set[str]) -> Iterator[Finding]:
         yield from _libvirt(libvirt)
     for vm in facts.vms:
         yield from _vm(vm)
+    unheard = {(one.vm, one.port) for one in facts.unheard}
+    for one in dict.fromkeys(facts.unheard):  # of what runs and of its definition, the same
+        text = f"{one.port}: its QEMU connects to {one.path}, where the daemon cannot listen: {one.reason}"
+        yield Finding(ERROR, f"VM {one.vm}", text, one.remedy or "see the daemon's log")
     for port in facts.ports:
-        if port.path not in held:
+        if port.path not in held and (port.vm, port.port) not in unheard:
             yield from _port(port)
+        if not port.reconnects:
+            yield from _once(port)
     yield from _versions(facts)
     alone = [vm.name for vm in facts.vms if vm.pids and not vm.grouped]
     if alone and not facts.policy.allows_nobody:
@@ -280,6 +286,15 @@ def _port(one: PortFact) -> Iterator[Finding]:
         text = f"{one.port}: its guest does not have the port open{why}"
         remedy = "in the guest: start vmchannel-guestd (`vmchannel status` tells more)"
         yield Finding(WARNING, subject, text, remedy)
+
+
+def _once(one: PortFact) -> Iterator[Finding]:
+    text = (
+        f"{one.port}: its QEMU connects once: after a restart of the daemon the port is lost until the VM "
+        "restarts"
+    )
+    remedy = "add reconnect=1 to its -chardev, or <reconnect enabled='yes' timeout='1'/> to its <source>"
+    yield Finding(WARNING if one.grouped else NOTE, f"VM {one.vm}", text, remedy)
 
 
 def _versions(facts: DaemonFacts) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vmchannel_host.hypervisors.chardev_words import Connecting, parse_connecting
 from vmchannel_host.model import NIL_UUID, VmUuid
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
@@ -49,6 +50,7 @@ class CommandLine:
     incoming: bool = False  # begins by receiving memory: a migration's destination, or restored from a file
     domain_id: int | None = None  # libvirt's number of this execution; None: libvirt did not start it
     libvirt_home: str = ""  # the directory of the libvirt that did
+    connecting: tuple[Connecting, ...] = ()  # its chardevs that connect to a unix socket
 
     @property
     def vm_uuid(self) -> VmUuid | None:
@@ -83,6 +85,7 @@ def parse_command_line(raw: bytes) -> CommandLine:
         incoming="incoming" in options,
         domain_id=domain_id,
         libvirt_home=home,
+        connecting=parse_connecting(value for option, value in pairs if option == "chardev"),
     )
 
 

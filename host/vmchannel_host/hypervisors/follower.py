@@ -224,7 +224,9 @@ class SocketFollower:
             self._ports_dirty = False
             directory = self._directory(watched.identity.pid)
             try:
-                facts = await read_facts(monitor, directory=directory, timeout_s=timeout_s)
+                facts = await read_facts(
+                    monitor, directory=directory, connecting=watched.connecting, timeout_s=timeout_s
+                )
                 watched.learn(facts, asked_at=asked_at)
             except MonitorMute:
                 self._ports_dirty = True
@@ -253,7 +255,12 @@ class SocketFollower:
                 continue
             directory = self._directory(watched.identity.pid)
             try:
-                now = await read_chardevs(monitor, directory=directory, timeout_s=self._timings.command_s)
+                now = await read_chardevs(
+                    monitor,
+                    directory=directory,
+                    connecting=watched.connecting,
+                    timeout_s=self._timings.command_s,
+                )
             except HypervisorError:
                 self._dirty.set()  # the follower's own loop finds out what is wrong
                 continue

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 from vmchannel_host.hypervisors import (
     BeforeKill,
@@ -29,6 +31,7 @@ from vmchannel_host.hypervisors.resetting import reset_instance
 from vmchannel_host.hypervisors.scanner import Scan
 from vmchannel_host.hypervisors.source import Conflict, LibvirtState, Source, Starter
 from vmchannel_host.model import (
+    DefinedPort,
     EndCause,
     EndProof,
     HostName,
@@ -42,6 +45,11 @@ from vmchannel_host.model import (
 )
 
 log = logging.getLogger(__name__)
+
+FollowDefinedPorts = Callable[[Callable[[tuple[DefinedPort, ...]], None]], None]
+"""Has a function called with all the ports, now and at each change."""
+
+NO_DEFINITIONS: Mapping[str, FollowDefinedPorts] = MappingProxyType({})
 
 SCAN_S = 1.0
 """Between two scans of /proc, in seconds; longer when a scan is dear."""
@@ -61,6 +69,7 @@ class HostHypervisor:
         ports: str,
         definers: Sequence[Definer] = (),
         libvirts: Sequence[Callable[[], LibvirtState]] = (),
+        defined_ports: Mapping[str, FollowDefinedPorts] = NO_DEFINITIONS,
         scan_s: float = SCAN_S,
     ) -> None:
         """
@@ -74,6 +83,8 @@ class HostHypervisor:
             ports: our directory for the sockets of ports that are plugged into bare QEMUs.
             definers: what defines VMs, and plugs ports into those.
             libvirts: how it stands with each libvirt among the sources.
+            defined_ports: by the name of who defines them, how to follow the ports to which QEMUs will
+                connect.
             scan_s: between two scans, seconds.
         """
         self._watch = watch
@@ -82,6 +93,7 @@ class HostHypervisor:
         self._host = host
         self._clock = clock
         self._libvirts = tuple(libvirts)
+        self._defined_ports = dict(defined_ports)
         self._scan_s = scan_s
         bare = Plugging(watch.table, ports, watch.directory, self.look_at_ports)
         self._pluggers = Pluggers(watch.table, bare, definers)
@@ -95,6 +107,11 @@ class HostHypervisor:
     def libvirts(self) -> tuple[LibvirtState, ...]:
         """How it stands with each configured libvirt. Reads memory only."""
         return tuple(state() for state in self._libvirts)
+
+    def follow_defined_ports(self, tell: Callable[[str, tuple[DefinedPort, ...]], None]) -> None:
+        """Tell which ports are defined whose QEMUs will connect: all of one definer's, at each change."""
+        for definer, follow in self._defined_ports.items():
+            follow(partial(tell, definer))
 
     async def run(self) -> None:
         """Follow the VMs until cancelled."""

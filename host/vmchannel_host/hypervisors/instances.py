@@ -41,6 +41,7 @@ class Watched:
         self.monitor: InstanceMonitor | None = None
         self.monitored = False  # a monitor was believed once
         self.facts: MonitorFacts | None = None  # kept when the monitor falls silent
+        self.connecting = process.command.connecting  # its chardevs that connect, as last known
         self.mute = False
         self.last_migration = Migration.UNKNOWN  # as last watched, also while the monitor is silent
         self.migration_events = 0  # heard so far
@@ -113,7 +114,7 @@ class Watched:
         """
         if self.migration_events != asked_at:
             facts = replace(facts, migration=self.last_migration)
-        self.facts = facts
+        self.facts, self.connecting = facts, facts.connecting
         self.mute = False
         self.last_migration = facts.migration
 

@@ -71,7 +71,7 @@ class Plugging:
         async with self._talking(vm, timeout_s) as qemu:
             present = await qemu.ports(port)
             if present and present[0].label not in await qemu.chardevs():
-                reason = f"it has a port named {port!r} whose chardev is no unix socket on which QEMU listens"
+                reason = f"it has a port named {port!r} whose chardev is no unix socket that is known"
                 raise PlugError(PlugProblem.UNSUITABLE, reason, "give the port such a chardev, or detach it")
             if not present:
                 await self._plug_in(qemu, vm, port)
@@ -106,7 +106,8 @@ class Plugging:
         if not isinstance(watched.monitor, QmpSession) or watched.mute:
             reason = f"no monitor of {watched.identity} answers"
             raise PlugError(PlugProblem.NO_MONITOR, reason, "see `vmchannelctl doctor`")
-        qemu = Qemu(watched.monitor, timeout_s, self._directory(watched.identity.pid))
+        directory = self._directory(watched.identity.pid)
+        qemu = Qemu(watched.monitor, timeout_s, directory, watched.connecting)
         try:
             await _check_state(qemu)
             yield qemu

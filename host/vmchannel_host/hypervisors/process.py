@@ -275,6 +275,22 @@ class ProcessTable:
         except (OSError, ValueError) as error:
             raise Unidentified(f"pid {pid} cannot be read: {error}", pid=pid, anyones=True) from error
 
+    def may_be_vm(self, pid: int) -> bool:
+        """Whether the process is no other program than a QEMU, as far as can be seen. Does not block."""
+        try:
+            return self._executable_or_denied(pid) is not None
+        except (ProcessGone, OSError, ValueError):
+            return False
+
+    def user_of(self, pid: int) -> int | None:
+        """The user for whom the process opens files; None when that cannot be said. Does not block."""
+        try:
+            text = (self.proc / str(pid) / "status").read_text("utf-8", "replace")
+            words = next(line.split() for line in text.splitlines() if line.startswith("Uid:"))
+            return int(words[4])  # proc(5): real, effective, saved set and filesystem UIDs
+        except (OSError, ValueError, IndexError, StopIteration):
+            return None
+
     def open(self, pid: int) -> VerifiedProcess:
         """Open a pidfd, then identify the process.
 

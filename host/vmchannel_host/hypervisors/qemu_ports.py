@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from vmchannel_host.hypervisors.chardev_words import Connecting
 from vmchannel_host.hypervisors.monitors import CommandRefused, QmpSession
 from vmchannel_host.hypervisors.plug_words import backend_of, parse_buses
 from vmchannel_host.hypervisors.qmp_state import (
@@ -33,15 +34,23 @@ class SerialPort:
 class Qemu:
     """A monitor, and the time that is left for all that is asked of it."""
 
-    def __init__(self, monitor: QmpSession, timeout_s: float, directory: str) -> None:
+    def __init__(
+        self,
+        monitor: QmpSession,
+        timeout_s: float,
+        directory: str,
+        connecting: Iterable[Connecting] = (),
+    ) -> None:
         """
         Args:
             monitor: of the QEMU.
             timeout_s: the time, seconds.
             directory: the process's working directory, where its relative paths begin.
+            connecting: what is known of its chardevs that connect.
         """
         self.monitor = monitor
         self._directory = directory
+        self._connecting = tuple(connecting)
         self._deadline = asyncio.get_running_loop().time() + timeout_s
 
     @property
@@ -56,8 +65,8 @@ class Qemu:
         return await self.monitor.execute(command, arguments, timeout_s=self.left_s)
 
     async def chardevs(self) -> dict[str, Chardev]:
-        """The unix sockets on which it listens, by label."""
-        return parse_chardevs(await self.execute("query-chardev"), self._directory)
+        """Those at unix sockets, by label."""
+        return parse_chardevs(await self.execute("query-chardev"), self._directory, self._connecting)
 
     async def devices(self) -> tuple[Device, ...]:
         found: list[Device] = []

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import glob
 import logging
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from vmchannel_host.globs import matches_glob
 from vmchannel_host.hypervisors.follower import SocketFollower, Timings
 from vmchannel_host.hypervisors.process import VerifiedProcess
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
@@ -49,7 +49,7 @@ class QmpSockets:
             return False
         directory = "" if all(map(os.path.isabs, sockets)) else self._watch.directory(pid)
         paths = [os.path.normpath(os.path.join(directory, path)) for path in sockets]
-        return any(_matches_glob(path, pattern) for path in paths for pattern in self._settings.sockets)
+        return any(matches_glob(path, pattern) for path in paths for pattern in self._settings.sockets)
 
     async def find(self, *, timeout_s: float) -> None:
         """Start a follower for each new path, drop those whose path is gone and that hold no connection."""
@@ -133,9 +133,3 @@ class QmpSockets:
             directory=self._watch.directory,
             timings=self._settings.timings,
         )
-
-
-def _matches_glob(path: str, pattern: str) -> bool:
-    """As `glob` would match an existing file: a wildcard stands for no slash."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))

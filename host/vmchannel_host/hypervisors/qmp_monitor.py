@@ -11,11 +11,12 @@ import asyncio
 import errno
 import socket
 import struct
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 
 from qemu.qmp import ConnectError, ExecuteError, QMPError, Runstate
 
+from vmchannel_host.hypervisors.chardev_words import Connecting
 from vmchannel_host.hypervisors.monitors import (
     CommandRefused,
     MonitorClosed,
@@ -30,6 +31,7 @@ from vmchannel_host.hypervisors.qmp_state import (
     Chardev,
     Device,
     MonitorFacts,
+    connecting_of,
     make_port,
     network_has_passthrough,
     parse_chardevs,
@@ -224,15 +226,28 @@ async def read_run_state(monitor: Monitor, *, timeout_s: float) -> tuple[RunStat
     return run_state, parse_migration(migrate, run_state)
 
 
-async def read_facts(monitor: Monitor, *, directory: str, timeout_s: float) -> MonitorFacts:
-    """Ask for everything. `timeout_s` holds for each command."""
+async def read_facts(
+    monitor: Monitor, *, directory: str, connecting: Iterable[Connecting], timeout_s: float
+) -> MonitorFacts:
+    """Ask for everything. `timeout_s` holds for each command; see `parse_chardevs` for the others."""
     name = parse_name(await monitor.execute("query-name", timeout_s=timeout_s))
     devices = await _devices(monitor, timeout_s)
-    ports, silent = await _ports(monitor, devices, directory, timeout_s)
+    chardevs = await read_chardevs(monitor, directory=directory, connecting=connecting, timeout_s=timeout_s)
+    ports, silent = await _ports(monitor, devices, chardevs, timeout_s)
     resettable = _is_resettable(devices, await _network(monitor, timeout_s))
     run_state, migration = await read_run_state(monitor, timeout_s=timeout_s)
     version, plugged = monitor.version, hash(devices)
-    return MonitorFacts(name, run_state, migration, ports, resettable, silent, version, plugged)
+    return MonitorFacts(
+        name=name,
+        run_state=run_state,
+        migration=migration,
+        ports=ports,
+        resettable=resettable,
+        silent=silent,
+        version=version,
+        plugged=plugged,
+        connecting=connecting_of(chardevs),
+    )
 
 
 async def read_plugged(monitor: Monitor, *, timeout_s: float) -> int:
@@ -240,9 +255,12 @@ async def read_plugged(monitor: Monitor, *, timeout_s: float) -> int:
     return hash(await _devices(monitor, timeout_s))
 
 
-async def read_chardevs(monitor: Monitor, *, directory: str, timeout_s: float) -> dict[str, Chardev]:
-    """Ask for the chardevs that listen on unix sockets, by label: whether the guest has their ports open."""
-    return parse_chardevs(await monitor.execute("query-chardev", timeout_s=timeout_s), directory)
+async def read_chardevs(
+    monitor: Monitor, *, directory: str, connecting: Iterable[Connecting], timeout_s: float
+) -> dict[str, Chardev]:
+    """Ask for the chardevs at unix sockets, by label: whether the guest has their ports open."""
+    told = await monitor.execute("query-chardev", timeout_s=timeout_s)
+    return parse_chardevs(told, directory, connecting)
 
 
 async def read_resettable(monitor: Monitor, *, timeout_s: float) -> bool:
@@ -271,12 +289,11 @@ async def _network(monitor: Monitor, timeout_s: float) -> object:
 
 
 async def _ports(
-    monitor: Monitor, devices: tuple[Device, ...], directory: str, timeout_s: float
+    monitor: Monitor, devices: tuple[Device, ...], chardevs: Mapping[str, Chardev], timeout_s: float
 ) -> tuple[tuple[Port, ...], frozenset[Chardev]]:
     serial = [device for device in devices if device.is_serial_port][:MAX_PORTS]
     if not serial:
         return (), frozenset()
-    chardevs = await read_chardevs(monitor, directory=directory, timeout_s=timeout_s)
     silent = not all(device.has_id for device in serial)
     ports: list[Port] = []
     for device in serial:

@@ -7,12 +7,13 @@ A reply that does not have the form of qapi/*.json raises BadReply: the monitor 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.model import Migration, Port, PortName, RunState, VmUuid
+from vmchannel_host.hypervisors.chardev_words import Connecting
+from vmchannel_host.model import Migration, Port, PortName, RunState, SocketMode, VmUuid
 
 _NOT_MIGRATING = frozenset({"none", "failed", "cancelled"})
 _PASSTHROUGH_TYPES = ("vfio-", "x-vfio-", "vhost-user-", "vhost-vdpa-")
@@ -43,14 +44,17 @@ class MonitorFacts:
     silent: frozenset[Chardev] = frozenset()  # to be polled: QEMU sends no events of a port without an id
     version: str = ""  # of QEMU; "" when its greeting does not tell it
     plugged: int = 0  # a hash of the devices that may come and go
+    connecting: tuple[Connecting, ...] = ()  # chardevs that connect to a unix socket, as far as known
 
 
 @dataclass(frozen=True, slots=True)
 class Chardev:
-    """A character device that listens on a unix socket."""
+    """A character device at a unix socket."""
 
     path: str
     guest_open: bool
+    mode: SocketMode = SocketMode.BIND
+    reconnects: bool = True  # see `Port.reconnects`
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,32 +158,49 @@ def parse_devices(parent: str, reply: object) -> tuple[Device, ...]:
     return tuple(devices)
 
 
-def parse_chardevs(reply: object, directory: str) -> dict[str, Chardev]:
-    """query-chardev: label to each chardev on which QEMU listens at a unix socket.
+def parse_chardevs(
+    reply: object, directory: str, connecting: Iterable[Connecting] = ()
+) -> dict[str, Chardev]:
+    """query-chardev: label to each chardev at a unix socket whose path is known.
 
     Args:
         reply: the answer.
         directory: the process's working directory; a relative socket path starts there.
+        connecting: what is known of chardevs that connect. QEMU tells their path only while they are not
+            connected, and never whether they try again.
     """
     if not isinstance(reply, list):
         raise BadReply("query-chardev: not a list")
+    known = {one.label: one for one in connecting}
     chardevs: dict[str, Chardev] = {}
     for entry in cast(list[object], reply):
         item = _mapping(entry, "query-chardev")
-        path = _listening_path(_text(item, "filename", "query-chardev"))
-        if not path:
+        label = _text(item, "label", "query-chardev")
+        found = _unix_socket(_text(item, "filename", "query-chardev"), known.get(label))
+        if found is None:
             continue
+        path, mode = found
         full = path if path.startswith("/") else f"{directory.rstrip('/')}/{path}"
-        chardevs[_text(item, "label", "query-chardev")] = Chardev(full, item.get("frontend-open") is True)
+        reconnects = known[label].reconnects if label in known else True
+        chardevs[label] = Chardev(full, item.get("frontend-open") is True, mode, reconnects)
     return chardevs
+
+
+def connecting_of(chardevs: Mapping[str, Chardev]) -> tuple[Connecting, ...]:
+    """What to give to the next `parse_chardevs`: a chardev that has connected tells its path no more."""
+    return tuple(
+        Connecting(label, one.path, one.reconnects)
+        for label, one in chardevs.items()
+        if one.mode is SocketMode.CONNECT
+    )
 
 
 def make_port(name: object, label: object, chardevs: Mapping[str, Chardev]) -> Port | None:
     """Join a virtserialport's `name` and `chardev` properties; None when we cannot use the port."""
     if not isinstance(name, str) or not name or not isinstance(label, str):
         return None
-    chardev = chardevs.get(label)
-    return Port(PortName(name), chardev.path, chardev.guest_open) if chardev else None
+    one = chardevs.get(label)
+    return Port(PortName(name), one.path, one.guest_open, one.mode, one.reconnects) if one else None
 
 
 def network_has_passthrough(text: object) -> bool:
@@ -187,13 +208,20 @@ def network_has_passthrough(text: object) -> bool:
     return not isinstance(text, str) or re.search(r"type=vhost-(user|vdpa)", text) is not None
 
 
-def _listening_path(filename: str) -> str:
-    """`unix:/path,server=on`, `disconnected:unix:...`; the path itself is not quoted and may hold commas."""
+def _unix_socket(filename: str, known: Connecting | None) -> tuple[str, SocketMode] | None:
+    """The path and mode of a chardev's `filename`; None when it is no unix socket, or its path is not known.
+
+    `unix:/path,server=on` where QEMU listens; `disconnected:unix:/path`, or only `unix:`, where it connects.
+    The path itself is not quoted and may hold commas.
+    """
     kind, _, rest = filename.removeprefix("disconnected:").partition(":")
-    if kind != "unix" or not rest.endswith(",server=on"):
-        return ""
     path = rest.removesuffix(",server=on")
-    return "" if path.endswith((",abstract=on", ",tight=on", ",abstract", ",tight")) else path
+    if kind != "unix" or path.endswith((",abstract=on", ",tight=on", ",abstract", ",tight")):
+        return None
+    if path != rest:
+        return (path, SocketMode.BIND) if path else None
+    path = path or (known.path if known is not None else "")
+    return (path, SocketMode.CONNECT) if path else None
 
 
 def _mapping(value: object, what: str) -> Mapping[str, object]:

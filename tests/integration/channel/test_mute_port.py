@@ -33,12 +33,12 @@ class QuietQemu:
 
 
 @contextlib.asynccontextmanager
-async def attached() -> AsyncGenerator[tuple[Hub, QuietQemu]]:
+async def attached(*, remake: bool = True) -> AsyncGenerator[tuple[Hub, QuietQemu]]:
     """A hub that serves the port."""
     qemu = QuietQemu()
     try:
         async with Hub(PeerIdentity("boot", "host"), clock=asyncio.get_running_loop().time) as hub:
-            hub.attach(VM, qemu)
+            hub.attach(VM, qemu, remake=remake)
             yield hub, qemu
     finally:
         for end in qemu.ends:
@@ -65,6 +65,15 @@ async def test_it_is_connected_anew_soon_after_the_guest_has_opened_it() -> None
         hub.guest_opened(VM)
         await asyncio.sleep(2 * MUTE_S)
         assert qemu.connected_at[-1] > opened_at
+
+
+@virtual_time
+async def test_a_link_that_would_be_the_last_is_kept_however_quiet() -> None:
+    async with attached(remake=False) as (hub, qemu):
+        await asyncio.sleep(3_600)
+        hub.guest_opened(VM)
+        await asyncio.sleep(3_600)
+        assert len(qemu.connected_at) == 1
 
 
 @virtual_time

@@ -18,6 +18,7 @@ import pytest
 
 from tests.rig.fixtures import shared_rig_dir
 from tests.rig.vm import Vm
+from tests.system.channel_rig import until
 from tests.system.site import Site, open_site
 from vmchannel_host.config.loading import load_config
 from vmchannel_host.doctor.facts import Program
@@ -67,6 +68,11 @@ def about(found: list[dict[str, Any]], *words: str) -> list[dict[str, Any]]:
     return [one for one in found if all(word in f"{one['subject']} {one['text']}" for word in words)]
 
 
+async def is_listened_for(site: Site, vm: Vm) -> bool:
+    """Whether doctor names nothing that is in the way of the VM's connection."""
+    return not about(await findings(site), f"VM {vm.spec.name}", "cannot listen")
+
+
 async def test_who_holds_a_monitor_is_named(site: Site) -> None:
     site.daemon.kill()
     vm = site.vm("held")
@@ -89,6 +95,22 @@ async def test_who_holds_a_port_is_named(site: Site) -> None:
         await site.until_run_state(vm, "running")
         found = about(await findings(site), f"VM {vm.spec.name}", path, f"pid {pid} (")
         assert [one["level"] for one in found] == ["error"]
+
+
+async def test_a_port_whose_qemu_connects_where_another_program_listens_is_told(site: Site) -> None:
+    folder = site.spec("next").folder
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as foreign:
+        foreign.bind(str(folder / "port0.sock"))
+        foreign.listen(8)
+        vm = site.vm("dials", machine="q35", ports=("org.vmchannel.0",), connects=True)
+        await site.until_run_state(vm, "running")
+        found = about(await findings(site), f"VM {vm.spec.name}", "cannot listen", f"(pid {os.getpid()})")
+        assert [one["level"] for one in found] == ["error"]
+        assert "another path" in found[0]["remedy"]
+    await until(lambda: is_listened_for(site, vm), "end of the finding")
+    [port] = [port for port in await site.ask("ports") if port["vm_uuid"] == vm.spec.uuid]
+    assert port["path"] == str(vm.spec.port_socket())
 
 
 async def test_a_departed_vm_a_wrong_file_and_a_wrong_member_are_told(site: Site) -> None:

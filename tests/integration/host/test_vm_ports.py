@@ -15,7 +15,9 @@ from fence_vmchannel.core.events import PeerIdentity
 from tests.unit.host.registry_builders import VM1, instance, process
 from vmchannel_host.config.model import HostConfig, PortLimits, PortsConfig
 from vmchannel_host.hypervisors.peer import WrongPeer
+from vmchannel_host.hypervisors.process import ProcessGone, ProcessKey
 from vmchannel_host.model import HostName, Instance, Port, PortName, ProcessIdentity, RunState
+from vmchannel_host.port_sockets.listeners import PortListeners
 from vmchannel_host.port_terms import terms_of_port
 from vmchannel_host.vm_ports import VmPorts
 
@@ -33,6 +35,15 @@ class NobodyKnown:
     def verify(self, pid: int, identity: ProcessIdentity) -> None:
         raise WrongPeer(f"pid {pid} is unknown")
 
+    def key_of(self, pid: int) -> ProcessKey:
+        raise ProcessGone(f"pid {pid} is unknown")
+
+    def may_be_vm(self, pid: int) -> bool:
+        return False
+
+    def user_of(self, pid: int) -> int | None:
+        return None
+
 
 class Served:
     """Ports over a hub, and what they had the hypervisor asked."""
@@ -42,7 +53,12 @@ class Served:
         self.folder = folder
         self.asked: list[ProcessIdentity] = []
         self.ports = VmPorts(
-            hub, "org.vmchannel.", NobodyKnown(), self.asked.append, partial(terms_of_port, CONFIG)
+            hub,
+            "org.vmchannel.",
+            NobodyKnown(),
+            PortListeners((), NobodyKnown()),
+            self.asked.append,
+            partial(terms_of_port, CONFIG),
         )
 
     def instance(self, *names: str, pid: int = 100, guest_open: bool = False) -> Instance:

@@ -124,6 +124,7 @@ async def watching(
                 for one, source in zip(libvirtds, libvirts, strict=True)
             ],
             scan_s=0.2,
+            defined_ports={one.uri: one.defined_ports.follow for one in libvirts},
         )
     )
     async with asyncio.TaskGroup() as tasks:

@@ -75,6 +75,11 @@ def assert_problem(files: Files, text: str, place: str, *words: str) -> None:
 # --- what it means
 
 
+def test_no_directory_to_listen_in_is_another_word_than_the_usual_ones(files: Files) -> None:
+    assert files.write("ports: {listen_in: []}").load().ports.listen_in == ()
+    assert files.write("ports: {listen_in: }").load().ports.listen_in is None
+
+
 def test_an_empty_file_is_all_defaults(files: Files) -> None:
     assert files.write("").load() == PLAIN
 
@@ -90,7 +95,7 @@ def test_the_installed_file_names_every_key() -> None:
     text = INSTALLED.read_text()
     keys = "host prefix byte_limit guest_byte_limit cache_buffers overrides services raw sockets start groups"
     keys += " members actions self evidence minority aliases quit_timeout timeout after_kill channels clients"
-    keys += " requests bus"
+    keys += " requests bus listen_in"
     keys += " standalone keep level state run"
     assert [key for key in keys.split() if f"{key}:" not in text] == []
 
@@ -107,6 +112,7 @@ ports:
   overrides: {{com.example.1: {{cache_buffers: true, byte_limit: 2MiB}}}}
   services: {{org.example.clip: {{cache_buffers: false}}, org.example.log: {{guest_byte_limit: 64KiB}}}}
   raw: [org.qemu.guest_agent.0]
+  listen_in: [/run/vms/*, /run/vmchannel/connect]
 hypervisors:
   - type: qmp
     sockets: [/run/a/*.sock, /run/b.sock]
@@ -137,6 +143,7 @@ paths: {{state: /srv/state, run: /srv/run}}
     }
     assert config.ports.limits_of(PortName("com.example.2")) == config.ports.limits
     assert config.ports.raw == ("org.qemu.guest_agent.0",)
+    assert config.ports.listen_in == ("/run/vms/*", "/run/vmchannel/connect")
     assert [one.sockets for one in config.qmp] == [("/run/a/*.sock", "/run/b.sock"), ("/run/c.sock",)]
     start = config.qmp[0].start
     assert start == {"vm1": ("/usr/local/sbin/start-vm", "vm1", ""), VM1: ("/bin/start",)}
@@ -309,6 +316,10 @@ def test_a_group_in_two_files_is_refused_with_both_places(files: Files) -> None:
         ("ports: {services: {'a b': {}}}", "1:20", ["'a b'", "a service's name"]),
         ("ports: {services: {org.vmchannel.fence: {cache_buffers: false}}}", "1:20", ["is reserved"]),
         ("ports: {overrides: {com.x: {}}}", "1:21", ["overrides nothing", "'org.vmchannel.'"]),
+        ("ports: {listen_in: [run]}", "1:21", ["listen_in", "an absolute path"]),
+        ("ports: {listen_in: [/run/../etc]}", "1:21", ["listen_in", "without .."]),
+        ("ports: {listen_in: [/]}", "1:21", ["listen_in", "all programs share"]),
+        ("ports: {listen_in: [/run/]}", "1:21", ["listen_in", "all programs share"]),
         ("ports: {raw: [org.vmchannel.1]}", "1:15", ["it is served, and cannot be raw"]),
         ("ports: {prefix: a/b}", "1:17", ["a port name such as"]),
         ("limits: {channels: 1_000}", "1:20", ["found '1_000', expected a whole number"]),

@@ -34,7 +34,7 @@ class VirtioChannel:
     name: str  # of the port; untrusted text
     alias: str
     xml: str  # by which libvirt finds it
-    usable: bool  # it is, or will be, a unix socket on which QEMU listens
+    usable: bool  # it is, or will be, a unix socket
 
     @property
     def ours(self) -> bool:
@@ -104,10 +104,11 @@ def _channel(element: ElementTree.Element) -> VirtioChannel | None:
     if target is None or target.get("type") != "virtio":
         return None
     listens = source is None or source.get("mode", "bind") == "bind"
+    connects = source is not None and source.get("mode") == "connect" and source.get("path", "") != ""
     target.attrib.pop("state", None)  # of the guest, at this moment
     return VirtioChannel(
         name=target.get("name", ""),
         alias="" if alias is None else alias.get("name", ""),
         xml=ElementTree.tostring(element, encoding="unicode"),
-        usable=element.get("type") == "unix" and listens,
+        usable=element.get("type") == "unix" and (listens or connects),
     )

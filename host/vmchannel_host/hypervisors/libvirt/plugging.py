@@ -171,8 +171,8 @@ class _Domain:
         """
         halves = [half.named(port) if half is not None else None for half in (self.live, self.config)]
         if any(not one.usable for half in halves if half is not None for one in half):
-            reason = f"it has a channel named {port!r} that is no unix socket on which QEMU listens"
-            remedy = "give the channel type='unix' and mode='bind', or detach it"
+            reason = f"it has a channel named {port!r} that is no unix socket"
+            remedy = "give the channel type='unix', or detach it"
             raise PlugError(PlugProblem.UNSUITABLE, reason, remedy)
         live, config = (half is not None and not half for half in halves)
         return live, config

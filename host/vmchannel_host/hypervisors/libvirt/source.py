@@ -15,6 +15,7 @@ from vmchannel_host.hypervisors import CannotStart, HypervisorError, NotProven
 from vmchannel_host.hypervisors.instances import Watched
 from vmchannel_host.hypervisors.libvirt import words
 from vmchannel_host.hypervisors.libvirt.connection import Connection, Patience
+from vmchannel_host.hypervisors.libvirt.defined_ports import DefinedPorts
 from vmchannel_host.hypervisors.libvirt.followed import Followed
 from vmchannel_host.hypervisors.libvirt.link import (
     DomainChanged,
@@ -75,6 +76,7 @@ class LibvirtSource:
         self._wall_clock = wall_clock
         self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
         self._probes = Probes()
+        self.defined_ports = DefinedPorts(self.call_link)
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
         self._names: Mapping[VmUuid, str] | None = None  # of these; None: to be made anew
         self._listed = False  # libvirt has told all that it has, once
@@ -112,6 +114,7 @@ class LibvirtSource:
         """New processes may be those of domains. Does not wait."""
         if self._watch.runs and self._task is None:
             self._task = self._watch.spawn(self._run(), f"libvirt {self.uri}")
+            self._watch.spawn(self.defined_ports.run(), f"definitions of {self.uri}")
         for vm, one in list(self._followed.items()):
             if one.watched.process.ended() and not one.ending:
                 self._forget(vm, one)
@@ -315,6 +318,7 @@ class LibvirtSource:
         self._mute = ""
         self._domains, self._names = {record.vm_uuid: record for record in records}, None
         self._listed = True
+        self.defined_ports.listed(self.defined())
         for record in records:
             if record.active:
                 self._follow(record)
@@ -427,6 +431,8 @@ class LibvirtSource:
                 one.stopped(event, managed_save=False)
         if event.event == words.STARTED:
             self._watch.rescan.set()
+        if event.event in (words.DEFINED, words.UNDEFINED):
+            self.defined_ports.changed(vm)
         self._look_at(vm)
 
     async def _saved(self, event: Lifecycle, one: Followed) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 from xml.etree import ElementTree
 
 from vmchannel_host.hypervisors import HypervisorError
-from vmchannel_host.model import Migration, Port, PortName, RunState, VmUuid
+from vmchannel_host.model import Migration, Port, PortName, RunState, SocketMode, VmUuid
 
 MAX_XML: Final = 4 * 1024 * 1024
 """Longest domain XML that is read, in characters; libvirt itself refuses more than 4 MiB in a message."""
@@ -25,6 +25,7 @@ MAX_PORTS: Final = 256
 SHUTOFF: Final = 5  # VIR_DOMAIN_SHUTOFF
 PAUSED: Final = 3  # VIR_DOMAIN_PAUSED
 STARTING_UP: Final = 11  # VIR_DOMAIN_PAUSED_STARTING_UP
+DEFINED, UNDEFINED = 0, 1  # VIR_DOMAIN_EVENT_DEFINED, _UNDEFINED
 STARTED, STOPPED = 2, 5  # VIR_DOMAIN_EVENT_STARTED, _STOPPED
 STOPPED_MIGRATED, STOPPED_SAVED = 3, 4  # VIR_DOMAIN_EVENT_STOPPED_MIGRATED, _SAVED
 
@@ -186,9 +187,17 @@ def _channel(element: ElementTree.Element) -> Channel | None:
     if source is None or target is None or target.get("type") != "virtio":
         return None
     name, path = target.get("name", ""), source.get("path", "")
-    if not name or not path.startswith("/") or source.get("mode") != "bind":
+    if not name or not path.startswith("/") or source.get("mode") not in ("bind", "connect"):
         return None
-    port = Port(PortName(name), path, guest_open=target.get("state") == "connected")
+    mode, reconnect = SocketMode(source.get("mode")), source.find("reconnect")
+    again = reconnect is not None and reconnect.get("enabled") == "yes"
+    port = Port(
+        PortName(name),
+        path,
+        guest_open=target.get("state") == "connected",
+        mode=mode,
+        reconnects=again or mode is SocketMode.BIND,
+    )
     return Channel("" if alias is None else alias.get("name", ""), port)
 
 

@@ -20,6 +20,7 @@ from vmchannel_host.doctor.facts import (
     PortFact,
     Program,
     SocketFact,
+    UnheardFact,
     VmFact,
 )
 from vmchannel_host.doctor.rules import DISK_ERROR, DISK_WARNING, LEVELS, is_wrong, judge
@@ -139,6 +140,8 @@ def test_a_vm_that_left_and_is_here_again_makes_no_finding() -> None:
     [
         (replace(PORT, connected=False, problem="no greeting"), "warning", ["does not greet", "no greeting"]),
         (replace(PORT, connected=False, guest_open=False), "warning", ["start vmchannel-guestd"]),
+        (replace(PORT, reconnects=False), "warning", ["org.vmchannel.0", "connects once", "reconnect=1"]),
+        (replace(PORT, reconnects=False, grouped=False), "note", ["connects once"]),
         (replace(PORT, software="vmchannel-guestd 0.2.0"), "note", ["vmchannel-guestd 0.2.0", "0.1.0"]),
     ],
 )
@@ -155,6 +158,12 @@ def test_a_port_that_somebody_holds_is_told_once() -> None:
     held = SocketFact(PORT.path, "port", listeners=(QEMU,), clients=(OTHER,))
     found = only(replace(MACHINE, sockets=(held,)), replace(DAEMON, ports=(replace(PORT, connected=False),)))
     assert_says(found, "error", ["pid 99"])
+
+
+def test_a_port_whose_socket_cannot_be_had_is_told_once() -> None:
+    one = UnheardFact("vm1", PORT.port, "/run/p.sock", "there is no directory /run", "make it")
+    facts = replace(DAEMON, ports=(replace(PORT, connected=False),), unheard=(one, one))
+    assert_says(only(daemon=facts), "error", ["VM vm1", PORT.port, "/run/p.sock", "no directory", "make it"])
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,16 @@ def test_a_channel_is_found_again_by_its_own_xml_without_what_its_guest_does() -
         ("<channel type='unix'><target type='virtio' name='p'/></channel>", True),
         ("<channel type='unix'><source mode='bind'/><target type='virtio' name='p'/></channel>", True),
         ("<channel type='unix'><source mode='connect'/><target type='virtio' name='p'/></channel>", False),
+        (
+            "<channel type='unix'><source mode='connect' path='/p'/>"
+            "<target type='virtio' name='p'/></channel>",
+            True,
+        ),
         ("<channel type='pty'><target type='virtio' name='p'/></channel>", False),
         ("<channel type='spicevmc'><target type='virtio' name='p'/></channel>", False),
     ],
 )
-def test_what_can_be_served_is_a_socket_on_which_qemu_listens(text: str, usable: bool) -> None:
+def test_what_can_be_served_is_a_unix_socket(text: str, usable: bool) -> None:
     assert [one.usable for one in of(text)] == [usable]
 
 

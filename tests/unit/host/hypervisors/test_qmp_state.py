@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmchannel_host.hypervisors.chardev_words import Connecting
 from vmchannel_host.hypervisors.qmp_state import (
     BadReply,
     Chardev,
     Device,
+    connecting_of,
     make_port,
     migration_after_event,
     network_has_passthrough,
@@ -22,7 +24,7 @@ from vmchannel_host.hypervisors.qmp_state import (
     parse_run_state,
     parse_uuid,
 )
-from vmchannel_host.model import Migration, Port, PortName, RunState
+from vmchannel_host.model import Migration, Port, PortName, RunState, SocketMode
 
 SOURCE = {"ram": {"total": 1}}
 
@@ -83,7 +85,7 @@ def test_a_destination_does_not_become_a_source_by_its_own_events() -> None:
     assert migration_after_event("active", Migration.UNKNOWN, RunState.INMIGRATE) is Migration.UNKNOWN
 
 
-def test_chardevs_are_listening_unix_sockets_whatever_is_in_their_names() -> None:
+def test_chardevs_are_unix_sockets_whatever_is_in_their_names() -> None:
     reply = [
         {"label": "a", "filename": "disconnected:unix:/run/p0.sock,server=on", "frontend-open": False},
         {"label": "b", "filename": "unix:/run/p,1.sock,server=on", "frontend-open": True},
@@ -92,12 +94,30 @@ def test_chardevs_are_listening_unix_sockets_whatever_is_in_their_names() -> Non
         {"label": "e", "filename": "disconnected:tcp:127.0.0.1:1,server=on", "frontend-open": False},
         {"label": "f", "filename": "disconnected:unix:name,abstract=on,server=on", "frontend-open": False},
         {"label": "g", "filename": "file", "frontend-open": True},
+        {"label": "h", "filename": "disconnected:unix:name,abstract=on", "frontend-open": False},
+        {"label": "i", "filename": "unix:", "frontend-open": True},
+        {"label": "j", "filename": "disconnected:unix:", "frontend-open": True},
+        {"label": "k", "filename": "unix:,server=on", "frontend-open": True},
     ]
     assert parse_chardevs(reply, "/srv/vm") == {
         "a": Chardev("/run/p0.sock", guest_open=False),
         "b": Chardev("/run/p,1.sock", guest_open=True),
         "c": Chardev("/srv/vm/relative.sock", guest_open=False),
+        "d": Chardev("/run/dialled.sock", guest_open=False, mode=SocketMode.CONNECT),
     }
+
+
+def test_a_chardev_that_has_connected_is_where_it_was_last_known_to_connect() -> None:
+    known = [Connecting("a", "a.sock", reconnects=False), Connecting("b", "/run/b.sock")]
+    connected = [{"label": one, "filename": "unix:", "frontend-open": True} for one in ("a", "b", "c")]
+    found = parse_chardevs(connected, "/srv", known)
+    assert found == {
+        "a": Chardev("/srv/a.sock", guest_open=True, mode=SocketMode.CONNECT, reconnects=False),
+        "b": Chardev("/run/b.sock", guest_open=True, mode=SocketMode.CONNECT),
+    }
+    assert parse_chardevs(connected, "/elsewhere", connecting_of(found)) == found
+    away = [{"label": "b", "filename": "disconnected:unix:/run/new.sock", "frontend-open": False}]
+    assert connecting_of(parse_chardevs(away, "/srv", known)) == (Connecting("b", "/run/new.sock"),)
 
 
 def test_a_port_needs_a_name_and_a_chardev_we_can_use() -> None:

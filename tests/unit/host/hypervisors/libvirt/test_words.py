@@ -12,7 +12,7 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.libvirt import words
 from vmchannel_host.hypervisors.libvirt.saved import read_saved_memory
 from vmchannel_host.hypervisors.libvirt.words import DomainRecord
-from vmchannel_host.model import Migration, RunState, VmUuid
+from vmchannel_host.model import Migration, RunState, SocketMode, VmUuid
 
 UUID = VmUuid("6f1c1f9e-8a55-4c2e-9f0f-0d6e0a4c2d11")
 
@@ -117,6 +117,17 @@ def test_channels_are_ports_by_their_target_names() -> None:
 
 
 @pytest.mark.parametrize(
+    ("inside", "again"),
+    [("", False), ("<reconnect enabled='no'/>", False), ("<reconnect enabled='yes' timeout='1'/>", True)],
+)
+def test_a_channel_whose_qemu_connects_tells_whether_it_does_so_again(inside: str, again: bool) -> None:
+    source = f"<source mode='connect' path='/run/a.sock'>{inside}</source>"
+    (found,) = words.read_domain_xml(channel(source, "<target type='virtio' name='a'/>")).channels
+    assert (found.port.chardev_path, found.port.mode) == ("/run/a.sock", SocketMode.CONNECT)
+    assert found.port.reconnects == again
+
+
+@pytest.mark.parametrize(
     ("source", "target"),
     [
         ("", "<target type='virtio' name='a'/>"),
@@ -124,7 +135,9 @@ def test_channels_are_ports_by_their_target_names() -> None:
         (SOURCE, "<target type='guestfwd' address='10.0.2.1' port='1'/>"),
         (SOURCE, "<target type='virtio'/>"),
         ("<source mode='bind' path='relative'/>", "<target type='virtio' name='a'/>"),
-        ("<source mode='connect' path='/run/a'/>", "<target type='virtio' name='a'/>"),
+        ("<source mode='connect' path='a'/>", "<target type='virtio' name='a'/>"),
+        ("<source mode='other' path='/run/a'/>", "<target type='virtio' name='a'/>"),
+        ("<source path='/run/a'/>", "<target type='virtio' name='a'/>"),
         ("<source mode='bind'/>", "<target type='virtio' name='a'/>"),
     ],
 )
