@@ -65,7 +65,7 @@ class DefinedPorts:
         self._news = asyncio.Event()
         self._idle = (
             asyncio.Event()
-        )  # no call of ours is under way: one that hangs keeps the next one waiting
+        )  # set while no call is under way: a second one would hang beside the first
         self._idle.set()
 
     def follow(self, tell: Tell) -> None:
