@@ -63,9 +63,8 @@ class DefinedPorts:
         self._told: tuple[DefinedPort, ...] = ()
         self._dirty: dict[VmUuid, None] = {}  # to be read, in this order
         self._news = asyncio.Event()
-        self._idle = (
-            asyncio.Event()
-        )  # set while no call is under way: a second one would hang beside the first
+        # Set while no call of ours is under way: a second one would hang beside the first.
+        self._idle = asyncio.Event()
         self._idle.set()
 
     def follow(self, tell: Tell) -> None:
