@@ -7,9 +7,10 @@
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
-IN_CI := -m "not cluster and not peer"
-# Workers take whole modules, the slow ones first.
-SHARED := --dist=loadfile --no-loadscope-reorder
+IN_CI := -m "not peer and (not cluster or in_ci)"
+TESTS := tests/unit tests/integration tests/fuzz tests/system tests/cluster
+# Workers take whole modules, the slow ones first; more workers than processors, for many tests wait.
+SHARED := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 help:      ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,13 +21,8 @@ deps:      ## install Debian packages and the virtual environment
 demo: deps ## three guests, one fences another; about a minute
 	@$(BIN)/python -m tests.rig.demo $(ARGS)
 
-test: deps ## unit, integration and system tests (ARGS="-k name" narrows)
-ifeq ($(ARGS),)
-	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=3 tests/unit tests/integration tests/fuzz  # more than cores: many tests wait
-	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=2 tests/system
-else
-	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/fuzz tests/system
-endif
+test: deps ## unit, integration and system tests, a node of a cluster that panics (ARGS="-k name" narrows)
+	$(PYTEST) $(IN_CI) $(or $(ARGS),$(SHARED)) $(TESTS)
 
 test-cluster: deps ## two guests, a real Pacemaker cluster; nodes break and are fenced (ARGS="-k panics" narrows)
 	$(PYTEST) -m cluster $(ARGS) tests/cluster

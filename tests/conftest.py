@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -28,12 +29,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that are marked `slow` come first: a worker takes whole modules, and none shall end last."""
-    items.sort(key=lambda item: _module_is_slow(item.getparent(pytest.Module)), reverse=True)
+    """Modules that are marked `slow` come first, for a worker takes whole modules and none shall end last.
 
-
-def _module_is_slow(module: pytest.Module | None) -> bool:
-    return module is not None and module.get_closest_marker("slow") is not None
+    Among these, modules with guests alternate with others: guests take the processors, the others wait.
+    """
+    modules: dict[pytest.Module | None, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.getparent(pytest.Module), []).append(item)
+    slow = [one for one in modules if one is not None and one.get_closest_marker("slow") is not None]
+    guests = [one for one in slow if one.path.parent.name in ("cluster", "system")]
+    others = [one for one in slow if one not in guests]
+    pairs = itertools.chain.from_iterable(itertools.zip_longest(guests, others))
+    order = [*filter(None, pairs), *(one for one in modules if one not in slow)]
+    items[:] = [item for module in order for item in modules[module]]
 
 
 @pytest.fixture

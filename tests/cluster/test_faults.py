@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.nodes import DEVICE, Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @asynccontextmanager
@@ -42,6 +42,7 @@ async def fenced_and_back(cluster: Cluster) -> AsyncGenerator[None, None]:
     assert f"op={operation['id']} host=hv1" in await cluster.log()
 
 
+@pytest.mark.in_ci
 async def test_a_node_whose_kernel_panics_is_fenced_with_no_parameter_and_comes_back(
     cluster: Cluster,
 ) -> None:

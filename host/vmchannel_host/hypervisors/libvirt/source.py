@@ -26,9 +26,9 @@ from vmchannel_host.hypervisors.libvirt.link import (
     NoSuchDomain,
     OpenLink,
 )
+from vmchannel_host.hypervisors.libvirt.managed_saves import ManagedSaves
 from vmchannel_host.hypervisors.libvirt.monitor import LibvirtMonitor
 from vmchannel_host.hypervisors.libvirt.probes import NoPlace, Probes
-from vmchannel_host.hypervisors.libvirt.saved import SavedMemory, read_saved_memory
 from vmchannel_host.hypervisors.libvirt.words import DomainRecord
 from vmchannel_host.hypervisors.monitors import MonitorMute
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
@@ -70,11 +70,11 @@ class LibvirtSource:
         wall_clock: Callable[[], float],
     ) -> None:
         self.uri = settings.uri
-        self._settings = settings
         self._patience = settings.patience
         self._watch = watch
         self._wall_clock = wall_clock
         self._connection = Connection(settings.uri, open_link, self._on_event, wall_clock)
+        self._saves = ManagedSaves(self._connection, settings.saves, watch.calls)
         self._probes = Probes()
         self.defined_ports = DefinedPorts(self.call_link)
         self._domains: dict[VmUuid, DomainRecord] = {}  # kept while libvirt is mute: what it defines or held
@@ -86,7 +86,6 @@ class LibvirtSource:
         self._ended: dict[tuple[VmUuid, int], None] = {}  # executions seen to end through this link
         self._home = ""  # where this libvirt keeps what its QEMUs need; learnt from the first of them
         self._starting: dict[VmUuid, int] = {}
-        self._removed: set[VmUuid] = set()  # whose managed save was removed, and nobody was told; threads add
         self._dirty: set[VmUuid] = set()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -152,23 +151,8 @@ class LibvirtSource:
         return ()
 
     async def discard_memory(self, vm: VmUuid, *, timeout_s: float) -> tuple[str, ...]:
-        """See `Hypervisor.discard_memory`. What libvirt removes after `timeout_s` the next call tells."""
-
-        def remove(link: Link) -> None:
-            if link.remove_managed_save(vm):
-                self._removed.add(vm)
-                log.warning("vm=%s managed save removed uri=%s", vm, self.uri)
-
-        try:
-            await self._connection.call("remove managed save", remove, timeout_s=timeout_s)
-        except NoSuchDomain:
-            pass
-        except HypervisorError as error:
-            log.warning("vm=%s managed save not removed, or not known whether there is one: %s", vm, error)
-        if vm not in self._removed:
-            return ()
-        self._removed.discard(vm)
-        return (f"managed save removed from libvirt ({self.uri})",)
+        """See `Hypervisor.discard_memory`."""
+        return await self._saves.discard(vm, timeout_s=timeout_s)
 
     # --- Starter
 
@@ -442,21 +426,11 @@ class LibvirtSource:
             record = await self._connection.call("ask", lambda link: link.domain(vm), timeout_s=0.5)
             managed = record.managed_save
         except HypervisorError as error:
-            if vm in (await self._saved_on_disk(SAVES_S)).vm_uuids:
+            if vm in (await self._saves.on_disk(timeout_s=SAVES_S)).vm_uuids:
                 managed = True
             else:
                 log.warning("vm=%s was saved, and where is unknown: %s", vm, error)
         one.stopped(event, managed_save=managed)
-
-    async def _saved_on_disk(self, timeout_s: float) -> SavedMemory:
-        """What a libvirt that does not answer keeps; never raises."""
-        directory = self._settings.saves
-        try:
-            return await self._watch.calls.call(
-                "read managed saves", lambda: read_saved_memory(directory), timeout_s=timeout_s
-            )
-        except NotProven as error:
-            return SavedMemory(frozenset(), f"{error}")
 
     # --- what a look says
 
@@ -479,7 +453,7 @@ class LibvirtSource:
     async def _answer_from_disk(self, vm: VmUuid | None, problem: str, deadline: float) -> Answer:
         """libvirt is mute. Its processes are found without it; what it has saved stands on the disk (S0)."""
         left_s = max(0.05, min(SAVES_S, deadline - asyncio.get_running_loop().time()))
-        saved = await self._saved_on_disk(left_s)
+        saved = await self._saves.on_disk(timeout_s=left_s)
         text = f"libvirt ({self.uri}) does not answer"
         silent = [
             (one, f"{text}, and keeps a managed save of it")
