@@ -46,7 +46,9 @@ async def test_a_domain_is_seen_ended_and_booted_again(which: str, request: pyte
         assert proof == (EndProof.PIDFD, EndCause.TERM, IoState.DRAINED, False)
         assert await host.instances(domain) == []
         assert silent_of(await host.look(vm=vm_of(domain)), domain) == []
-        assert await host.until_look(domain, lambda _: _booked(libvirtd, domain)) == "shut off (shutdown)"
+        # "crashed" where libvirtd, short of time, has read the end of the monitor before QEMU's last event.
+        booked = await host.until_look(domain, lambda _: _booked(libvirtd, domain))
+        assert booked in ("shut off (shutdown)", "shut off (crashed)")
 
         assert host.hypervisor.can_start(vm_of(domain), "another name")
         await host.hypervisor.start(vm_of(domain), domain.name, timeout_s=60)
