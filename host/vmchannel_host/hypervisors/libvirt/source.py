@@ -467,6 +467,8 @@ class LibvirtSource:
         execution, one = (record.vm_uuid, record.id), self._followed.get(record.vm_uuid)
         if not record.active or (one is not None and not one.watched.process.ended()):
             return ""
+        if (record.state, record.reason) == (words.PAUSED, words.SAVING):
+            return f"libvirt ({self.uri}) saves its memory, or has and does not say so yet"
         starts = (record.state, record.reason) == (words.PAUSED, words.STARTING_UP)
         ended = execution in self._ended or (one is not None and one.record.id == record.id)
         if ended and not starts:
