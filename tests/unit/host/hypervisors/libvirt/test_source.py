@@ -34,13 +34,14 @@ from vmchannel_host.hypervisors.libvirt.words import (
     SAVING,
     SHUTOFF,
     STOPPED,
+    STOPPED_MIGRATED,
     STOPPED_SAVED,
     DomainRecord,
 )
 from vmchannel_host.hypervisors.monitors import MonitorMute
 from vmchannel_host.hypervisors.process import ProcessTable, VerifiedProcess, read_boot_id, read_pid_namespace
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.model import BootId, HostName, Migration, ProcessIdentity, VmUuid
+from vmchannel_host.model import BootId, HostName, Migration, ProcessIdentity, RunState, VmUuid
 
 URI = "test:///made-up"
 VM1 = VmUuid("11111111-1111-4111-8111-111111111111")
@@ -305,3 +306,22 @@ async def test_s0_memory_that_libvirt_may_have_saved_is_doubted_until_it_says_ho
         assert await silent() == [VM1]
         libvirt.domains[VM1] = defined(VM1, "vm1")
         assert await silent() == []
+
+
+async def test_a_late_word_of_an_earlier_execution_says_nothing_of_the_one_that_runs(tmp_path: Path) -> None:
+    libvirt, watch, process = MadeUpLibvirt(), a_watch(), MadeUpProcess(VM1)
+    libvirt.domains[VM1] = replace(defined(VM1, "vm1"), id=7, state=1)
+    watched = watch.adopt(process)
+    async with running(libvirt, tmp_path, watch=watch) as source:
+        await source.find(timeout_s=60.0)
+        await until(lambda: watched.last_migration is Migration.NONE)
+        libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_MIGRATED))
+        libvirt.domains[VM1] = replace(libvirt.domains[VM1], state=PAUSED, reason=1)
+        await source.state_of(VM1, timeout_s=60.0)
+        assert watched.instance().run_state is RunState.PAUSED
+        assert watched.last_migration is Migration.NONE
+        process.end()
+        libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_MIGRATED))
+        await until(lambda: watched.evidence is not None)
+    assert watched.evidence is not None
+    assert watched.evidence.departed
