@@ -34,6 +34,10 @@ class RateLimitedLog:
         """Log at level info, if the rate allows it."""
         self._write(logging.INFO, message, *args)
 
+    def error(self, message: str, *args: object) -> None:
+        """Log at level error, if the rate allows it."""
+        self._write(logging.ERROR, message, *args)
+
     def exception(self, message: str, *args: object) -> None:
         """Log at level error with the exception that is being handled, if the rate allows it."""
         self._write(logging.ERROR, message, *args, traceback=True)

@@ -17,7 +17,7 @@ from vmchannel_host.hypervisors.follower import SocketFollower, Timings
 from vmchannel_host.hypervisors.process import VerifiedProcess
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
 from vmchannel_host.hypervisors.source import Answer, Conflict
-from vmchannel_host.model import ProcessIdentity, VmUuid
+from vmchannel_host.model import ProcessIdentity, SocketMode, VmUuid
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ class QmpSockets:
         found = await self._watch.calls.call("find sockets", self._find_sockets, timeout_s=timeout_s)
         if not self._watch.runs:
             return  # a look by processes alone
-        ports = {
-            port.chardev_path for watched in self._watch.table.all() for port in watched.instance().ports
-        }
+        ports = self._ports()
         for path in list(self._followers):
             follower, task = self._followers[path]
             if path in found and found[path] != self._sockets.get(path):
@@ -119,6 +117,24 @@ class QmpSockets:
                 if stat.S_ISSOCK(status.st_mode):
                     found[path] = (status.st_ino, status.st_ctime_ns)
         return found
+
+    def _ports(self) -> frozenset[str]:
+        """Where ports are, and so no monitors.
+
+        That a QEMU connects to a path does not say so if another one's command line names it too: whoever
+        writes a VM's command line must not hide another one's monitor.
+        """
+        listened_at: set[str] = set()
+        connected_to: set[str] = set()
+        named: set[str] = set()
+        for watched in self._watch.table.all():
+            for port in watched.instance().ports:
+                (listened_at if port.mode is SocketMode.BIND else connected_to).add(port.chardev_path)
+            command = watched.process.command
+            others = set(command.sockets) - {one.path for one in command.connecting}
+            directory = "" if all(map(os.path.isabs, others)) else self._watch.directory(watched.identity.pid)
+            named |= {os.path.normpath(os.path.join(directory, path)) for path in others}
+        return frozenset(listened_at | (connected_to - named))
 
     async def _identify(self, pid: int) -> VerifiedProcess:
         return await self._watch.identify(pid, timeout_s=self._settings.timings.command_s)

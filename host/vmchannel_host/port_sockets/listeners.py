@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fence_vmchannel.logs import RateLimitedLog, quoted
 from vmchannel_host.model import DefinedPort, PortName, ProcessIdentity
 from vmchannel_host.port_sockets.expected import Claim, ExpectedLink, Verify
 from vmchannel_host.port_sockets.path_listener import PathListener, Processes
@@ -65,6 +67,7 @@ class PortListeners:
         self._claims: dict[Claim, PathListener | SocketProblem] = {}
         self._defined: dict[str, dict[DefinedPort, Claim]] = {}  # by who defines them
         self._timer: asyncio.TimerHandle | None = None
+        self._noise = RateLimitedLog(_log, clock=time.monotonic)
 
     def expect(
         self, path: str, identity: ProcessIdentity, vm_name: str, port: PortName, verify: Verify
@@ -123,7 +126,7 @@ class PortListeners:
             listener.claim(claim, uid)
         except SocketProblem as problem:
             self._claims[claim] = problem
-            _report(claim, problem)
+            self._report(claim, problem)
             return problem
         self._claims[claim] = listener
         return listener
@@ -131,7 +134,7 @@ class PortListeners:
     def _begin(self, place: Place) -> PathListener:
         if len(self._listeners) >= MAX_SOCKETS:
             raise SocketProblem(f"{MAX_SOCKETS} sockets are listened on already", "let VMs share a path")
-        listener = PathListener(place, self._processes, refused=self._refused, report=_report)
+        listener = PathListener(place, self._processes, refused=self._refused, report=self._report)
         self._listeners[place.path] = listener
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._check_s, self._check)
@@ -145,6 +148,12 @@ class PortListeners:
         if not listener.claims:
             listener.close()
             del self._listeners[listener.place.path]
+
+    def _report(self, claim: Claim, problem: SocketProblem) -> None:
+        """At a bounded rate: a QEMU may name another path as often as it likes. `troubles` has them all."""
+        text = "vm=%s port=%s: QEMU connects to %s, where the daemon cannot listen: %s; %s"
+        port, path = quoted(claim.port), quoted(claim.path)
+        self._noise.error(text, claim.vm_uuid, port, path, problem, problem.remedy)
 
     def _check(self) -> None:
         self._timer = None
@@ -164,8 +173,3 @@ def default_directories(run: str, monitors: Iterable[str], channels: Iterable[st
     """
     beside = [directory for one in monitors if (directory := one.rpartition("/")[0]).count("/") > 1]
     return tuple(dict.fromkeys((f"{run}/{CONNECT_DIRECTORY}", *beside, *channels)))
-
-
-def _report(claim: Claim, problem: SocketProblem) -> None:
-    text = "vm=%s port=%r: QEMU connects to %r, where the daemon cannot listen: %s; %s"
-    _log.error(text, claim.vm_uuid, claim.port, claim.path, problem, problem.remedy)

@@ -108,6 +108,8 @@ class PathListener:
             SocketProblem: a QEMU of that user cannot be served here.
         """
         if self._socket is not None and uid is not None:
+            self.check()
+        if self._socket is not None and uid is not None:
             self._socket.check_directory(uid)
             if self._uid is None:
                 self._socket.give_to(uid)

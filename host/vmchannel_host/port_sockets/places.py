@@ -64,7 +64,10 @@ def find_place(path: str, directories: Iterable[str]) -> Place:
         reason = f"{KEY} of host.yaml does not allow sockets in {directory}"
         raise SocketProblem(reason, f"add the directory to {KEY}, or give the chardev a path that it allows")
     place = Place(directory, name)
-    over = len(os.fsencode(place.path)) - MAX_PATH
+    try:
+        over = len(os.fsencode(place.path)) - MAX_PATH
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        raise SocketProblem("no file can have that name", "give the chardev another path") from None
     if over > 0:
         raise SocketProblem(
             f"a unix socket's path ends {over} bytes before", "give the chardev a shorter one"

@@ -132,7 +132,11 @@ class PortSocket:
         if uid == self.owner():
             return
         # By a descriptor: the name may lead elsewhere by now. A second link would be another program's file.
-        file = os.open(self.place.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            file = os.open(self.place.name, flags, dir_fd=self._directory)
+        except OSError as error:  # whoever writes in the directory has removed it
+            raise _problem(self.place, error) from error
         try:
             found = os.fstat(file)
             if (found.st_dev, found.st_ino) != self._file or found.st_nlink != 1:

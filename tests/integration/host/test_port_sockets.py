@@ -22,6 +22,7 @@ from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.process import ProcessGone, ProcessKey
 from vmchannel_host.model import BootId, PortName, ProcessIdentity
 from vmchannel_host.port_sockets.expected import Claim, ExpectedLink
+from vmchannel_host.port_sockets.listeners import PortListeners
 from vmchannel_host.port_sockets.path_listener import PathListener
 from vmchannel_host.port_sockets.places import Place, SocketProblem
 from vmchannel_host.port_sockets.socket_file import PortSocket
@@ -87,6 +88,14 @@ def test_a_file_that_took_the_sockets_place_is_not_given_away(place: Place) -> N
         with pytest.raises(SocketProblem, match="replaces"):
             made.give_to(NOBODY)
         assert os.stat(place.path).st_uid == 0
+
+
+@as_root
+def test_a_socket_that_somebody_removed_cannot_be_given_away(place: Place) -> None:
+    with closing(PortSocket.listen(place, uid=None)) as made:
+        Path(place.path).unlink()
+        with pytest.raises(SocketProblem, match="cannot be made"):
+            made.give_to(NOBODY)
 
 
 @as_root
@@ -313,6 +322,17 @@ async def test_qemus_of_two_users_cannot_share_a_socket_unless_it_is_given_on(li
         listener.claim(other, 1000)
 
 
+@as_root
+async def test_a_socket_that_was_removed_is_made_anew_for_the_qemu_that_starts(listening: Listening) -> None:
+    claim = listening.link().claim
+    with closing(listening.listener()) as listener:
+        listener.claim(claim, None)
+        Path(listening.place.path).unlink()
+        listener.claim(claim, NOBODY)
+        assert listener.problem_of(claim) is None
+        assert os.stat(listening.place.path).st_uid == NOBODY
+
+
 async def test_the_newest_connection_of_a_port_is_the_one_that_counts(listening: Listening) -> None:
     link = listening.link()
     with closing(listening.listener()) as listener:
@@ -341,3 +361,17 @@ async def test_what_nobody_takes_is_closed_when_the_port_goes(listening: Listeni
             taken = await other.connect()
             taken.close()
             assert await ended(third)
+
+
+async def test_a_qemu_that_names_ever_new_paths_does_not_fill_the_log(
+    listening: Listening, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = listening.link()
+    with closing(PortListeners((), listening.processes)) as listeners:
+        for number in range(100):
+            path = f"/nowhere/{number}"
+            mine = listeners.expect(path, link.identity, "vm1", link.claim.port, link.verify)
+            assert [one.claim.path for one in listeners.troubles()] == [path]
+            listeners.release(mine)
+        assert listeners.troubles() == ()
+    assert 1 <= len(caplog.records) < 100

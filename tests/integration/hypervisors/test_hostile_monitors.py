@@ -210,3 +210,16 @@ async def test_the_stream_is_read_to_its_end_after_the_kill(rig: Rig) -> None:
         instance = await host.until(source, lambda i: i.run_state is RunState.RUNNING)
         evidence = await host.off(instance.identity, quit_timeout_s=0.3)
         assert (evidence.cause, evidence.departed) == (EndCause.KILL, True)
+
+
+async def test_no_vm_hides_the_monitor_of_another_by_naming_its_path_for_a_port(rig: Rig) -> None:
+    path = rig.directory / "victim.qmp"
+    hostile = rig.qemu(
+        *("-device", "virtio-serial", "-device", "virtserialport,chardev=c0,name=org.vmchannel.0,id=p0"),
+        *("-chardev", f"socket,id=c0,path={path},server=off,reconnect=3600"),
+    )
+    async with watching(rig.directory) as host:
+        await host.until(hostile, lambda one: [port.chardev_path for port in one.ports] == [str(path)])
+        victim = rig.qemu(socket_name=path.name)
+        found = await host.until(victim, lambda one: one.run_state is RunState.RUNNING)
+        assert found.monitor == str(path)

@@ -409,15 +409,37 @@ class LibvirtSource:
         vm = event.vm_uuid
         one = self._followed.get(vm)
         if event.event == words.STOPPED and one is not None and event.domain_id in (-1, one.record.id):
-            if event.detail == words.STOPPED_SAVED:
-                self._watch.spawn(self._saved(event, one), f"saved {vm}")
+            if event.domain_id == one.record.id or one.watched.process.ended():
+                self._stopped(event, one)
             else:
-                one.stopped(event, managed_save=False)
+                self._watch.spawn(self._stopped_unless_it_runs(event, one), f"stopped {vm}")
         if event.event == words.STARTED:
             self._watch.rescan.set()
         if event.event in (words.DEFINED, words.UNDEFINED):
             self.defined_ports.changed(vm)
         self._look_at(vm)
+
+    def _stopped(self, event: Lifecycle, one: Followed) -> None:
+        if event.detail == words.STOPPED_SAVED:
+            self._watch.spawn(self._saved(event, one), f"saved {event.vm_uuid}")
+        else:
+            one.stopped(event, managed_save=False)
+
+    async def _stopped_unless_it_runs(self, event: Lifecycle, one: Followed) -> None:
+        """Its process lives, so this may be the end of the execution before: libvirt does not tell which.
+
+        What it tells over one connection may come later than what it answers over another.
+        """
+        try:
+            record = await self._connection.call(
+                "ask", lambda link: link.domain(event.vm_uuid), timeout_s=0.5
+            )
+        except HypervisorError:
+            pass  # the worse for a claim: it counts
+        else:
+            if record.id == one.record.id:
+                return
+        self._stopped(event, one)
 
     async def _saved(self, event: Lifecycle, one: Followed) -> None:
         vm = event.vm_uuid
@@ -441,6 +463,8 @@ class LibvirtSource:
         execution, one = (record.vm_uuid, record.id), self._followed.get(record.vm_uuid)
         if not record.active or (one is not None and not one.watched.process.ended()):
             return ""
+        if (record.state, record.reason) == (words.PAUSED, words.SAVING):
+            return f"libvirt ({self.uri}) saves its memory, or has and does not say so yet"
         starts = (record.state, record.reason) == (words.PAUSED, words.STARTING_UP)
         ended = execution in self._ended or (one is not None and one.record.id == record.id)
         if ended and not starts:

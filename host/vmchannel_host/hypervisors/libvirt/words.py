@@ -24,6 +24,7 @@ MAX_PORTS: Final = 256
 
 SHUTOFF: Final = 5  # VIR_DOMAIN_SHUTOFF
 PAUSED: Final = 3  # VIR_DOMAIN_PAUSED
+SAVING: Final = 3  # VIR_DOMAIN_PAUSED_SAVE
 STARTING_UP: Final = 11  # VIR_DOMAIN_PAUSED_STARTING_UP
 DEFINED, UNDEFINED = 0, 1  # VIR_DOMAIN_EVENT_DEFINED, _UNDEFINED
 STARTED, STOPPED = 2, 5  # VIR_DOMAIN_EVENT_STARTED, _STOPPED
@@ -33,7 +34,7 @@ _PAUSED_REASONS: Mapping[int, RunState] = MappingProxyType(
     {  # virDomainPausedReason
         1: RunState.PAUSED,  # user
         2: RunState.FINISH_MIGRATE,  # migration, either side; which one the job says
-        3: RunState.SAVE_VM,  # save
+        SAVING: RunState.SAVE_VM,
         4: RunState.SAVE_VM,  # dump
         5: RunState.IO_ERROR,
         6: RunState.WATCHDOG,
@@ -58,7 +59,7 @@ _STATES: Mapping[int, RunState] = MappingProxyType(
         7: RunState.SUSPENDED,  # pmsuspended
     }
 )
-_LEAVING_REASONS: Final = frozenset({2, 3, 12, 13})  # of PAUSED: migration, save, post-copy
+_LEAVING_REASONS: Final = frozenset({2, SAVING, 12, 13})  # of PAUSED: migration, save, post-copy
 _POSTCOPY_RUNNING: Final = frozenset({11, 12})  # of RUNNING: VIR_DOMAIN_RUNNING_POSTCOPY, _POSTCOPY_FAILED
 _OUTGOING_JOBS: Final = frozenset({2, 5})  # virDomainJobOperation: save, migration out
 _INCOMING_JOBS: Final = frozenset({3, 4})  # restore, migration in

@@ -57,6 +57,12 @@ def test_a_path_that_no_socket_can_have_is_refused() -> None:
         find_place(longest + "x", DIRECTORIES)
 
 
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(SocketProblem, match="no file"):
+        find_place("/run/vms/vm1/\ud800", DIRECTORIES)
+    assert find_place("/run/vms/vm1/\udcff", DIRECTORIES).name == "\udcff"  # a byte that is no UTF-8
+
+
 @given(st.lists(st.sampled_from(["..", ".", "", "a", "vms", "run", "*"]), max_size=8).map("/".join))
 def test_no_spelling_leads_out_of_the_allowed_directories(rest: str) -> None:
     try:

@@ -29,11 +29,19 @@ from vmchannel_host.hypervisors.libvirt.link import (
 )
 from vmchannel_host.hypervisors.libvirt.monitor import LibvirtMonitor
 from vmchannel_host.hypervisors.libvirt.source import LibvirtSettings, LibvirtSource
-from vmchannel_host.hypervisors.libvirt.words import PAUSED, SHUTOFF, STOPPED, STOPPED_SAVED, DomainRecord
+from vmchannel_host.hypervisors.libvirt.words import (
+    PAUSED,
+    SAVING,
+    SHUTOFF,
+    STOPPED,
+    STOPPED_MIGRATED,
+    STOPPED_SAVED,
+    DomainRecord,
+)
 from vmchannel_host.hypervisors.monitors import MonitorMute
 from vmchannel_host.hypervisors.process import ProcessTable, VerifiedProcess, read_boot_id, read_pid_namespace
 from vmchannel_host.hypervisors.process_watch import ProcessWatch
-from vmchannel_host.model import BootId, HostName, Migration, ProcessIdentity, VmUuid
+from vmchannel_host.model import BootId, HostName, Migration, ProcessIdentity, RunState, VmUuid
 
 URI = "test:///made-up"
 VM1 = VmUuid("11111111-1111-4111-8111-111111111111")
@@ -242,7 +250,7 @@ def _learn_late(followed: Followed) -> None:
 async def test_s1_what_libvirt_says_of_a_process_counts_though_a_scan_has_seen_it_end_before(
     tmp_path: Path, managed: bool
 ) -> None:
-    saving = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=3)
+    saving = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=SAVING)
     libvirt, watch, process = MadeUpLibvirt(saving), a_watch(), MadeUpProcess(VM1)
     watched = watch.adopt(process)
     async with running(libvirt, tmp_path, watch=watch) as source:
@@ -268,7 +276,7 @@ def test_s1_what_was_under_way_when_libvirt_gave_its_last_word_changes_it_no_mor
     late: Callable[[Followed], None],
 ) -> None:
     table, process = InstanceTable(), MadeUpProcess(VM1)
-    record = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=3)
+    record = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=SAVING)
     watched = table.adopt(process)
     followed = Followed(table, watched, record, LibvirtMonitor(UnaskedLibvirt(), record, lambda: 0.0))
     followed.learn(record, 2, None, probed=True, asked_at=followed.asked_at)
@@ -278,3 +286,42 @@ def test_s1_what_was_under_way_when_libvirt_gave_its_last_word_changes_it_no_mor
     assert watched.instance().migration is Migration.NONE
     process.end()
     process.close()
+
+
+async def test_s0_memory_that_libvirt_may_have_saved_is_doubted_until_it_says_how_the_domain_ended(
+    tmp_path: Path,
+) -> None:
+    saving = replace(defined(VM1, "vm1"), id=7, state=PAUSED, reason=SAVING)
+    libvirt, watch, process = MadeUpLibvirt(saving), a_watch(), MadeUpProcess(VM1)
+    watch.adopt(process)
+    async with running(libvirt, tmp_path, watch=watch) as source:
+        await source.find(timeout_s=60.0)
+
+        async def silent() -> list[VmUuid]:
+            answer = await source.ask(VM1, deadline=asyncio.get_running_loop().time() + 60.0)
+            return [vm for vm, _ in answer.silent]
+
+        assert await silent() == []  # its process lives, and a look finds that
+        process.end()
+        assert await silent() == [VM1]
+        libvirt.domains[VM1] = defined(VM1, "vm1")
+        assert await silent() == []
+
+
+async def test_a_late_word_of_an_earlier_execution_says_nothing_of_the_one_that_runs(tmp_path: Path) -> None:
+    libvirt, watch, process = MadeUpLibvirt(), a_watch(), MadeUpProcess(VM1)
+    libvirt.domains[VM1] = replace(defined(VM1, "vm1"), id=7, state=1)
+    watched = watch.adopt(process)
+    async with running(libvirt, tmp_path, watch=watch) as source:
+        await source.find(timeout_s=60.0)
+        await until(lambda: watched.last_migration is Migration.NONE)
+        libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_MIGRATED))
+        libvirt.domains[VM1] = replace(libvirt.domains[VM1], state=PAUSED, reason=1)
+        await source.state_of(VM1, timeout_s=60.0)
+        assert watched.instance().run_state is RunState.PAUSED
+        assert watched.last_migration is Migration.NONE
+        process.end()
+        libvirt.sinks[0](Lifecycle(VM1, -1, STOPPED, STOPPED_MIGRATED))
+        await until(lambda: watched.evidence is not None)
+    assert watched.evidence is not None
+    assert watched.evidence.departed
