@@ -8,14 +8,20 @@ from dataclasses import dataclass
 STAT_BYTES = 4096
 """More than /proc/PID/stat has: 52 numbers, and a name of at most 64 bytes."""
 
+COMMAND_LENGTH = 15
+"""To this the kernel cuts a command's name (TASK_COMM_LEN of linux/sched.h, less the end)."""
+
 _EXITING = 0x4  # PF_EXITING of linux/sched.h
 _KERNEL_THREAD = 0x200000  # PF_KTHREAD
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """Four fields of /proc/PID/stat."""
+    """Five fields of /proc/PID/stat."""
 
+    command: (
+        str  # the program's file name, cut to 15 bytes, unless the process has changed it; untrusted text
+    )
     state: str  # one letter; Z also for a leader that has exited while its threads live
     flags: int
     threads: int
@@ -42,9 +48,14 @@ def parse_stat(text: str) -> Stat:
     Raises:
         ValueError: it is not the line of a process.
     """
-    fields = text.rpartition(")")[2].split()
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
     if len(fields) < 20:
         raise ValueError("not the stat line of a process")
-    return Stat(  # proc(5): fields 3, 9, 20, 22
-        state=fields[0], flags=int(fields[6]), threads=int(fields[17]), start_time=int(fields[19])
+    return Stat(  # proc(5): fields 2, 3, 9, 20, 22
+        command=head.partition("(")[2],
+        state=fields[0],
+        flags=int(fields[6]),
+        threads=int(fields[17]),
+        start_time=int(fields[19]),
     )

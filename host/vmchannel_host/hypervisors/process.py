@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vmchannel_host.hypervisors import HypervisorError
 from vmchannel_host.hypervisors.cmdline import CommandLine, parse_command_line
-from vmchannel_host.hypervisors.proc_stat import STAT_BYTES, Stat, parse_stat
+from vmchannel_host.hypervisors.proc_stat import COMMAND_LENGTH, STAT_BYTES, Stat, parse_stat
 from vmchannel_host.model import NO_NAMESPACE, BootId, EndProof, PidNamespace, ProcessIdentity, VmUuid
 
 EXECUTABLES = ("qemu-system-*", "qemu-kvm", "kvm")
@@ -395,7 +395,7 @@ class ProcessTable:
 
     def _sieve_one(self, pid: int, known: frozenset[ProcessKey], sieve: Sieve) -> None:
         try:
-            executable = self._executable_or_denied(pid)
+            executable = self._executable_or_denied(pid, known)
             if executable is None:
                 return
             candidate = Candidate(pid, self._stat(pid).start_time, executable)
@@ -411,8 +411,11 @@ class ProcessTable:
         else:
             sieve.candidates.append(candidate)
 
-    def _executable_or_denied(self, pid: int) -> str | None:
-        """A QEMU's program, "" when it cannot be read, None for what is certainly another program.
+    def _executable_or_denied(self, pid: int, known: frozenset[ProcessKey] = frozenset()) -> str | None:
+        """A QEMU's program, "" when it cannot be read, None for another program.
+
+        What exits and shows no program is another one unless it is `known` or its command is called like a
+        QEMU: else whoever lets large processes exit, on purpose or not, could keep VMs from being called off.
 
         Raises:
             ProcessGone: it has ended.
@@ -429,7 +432,7 @@ class ProcessTable:
             if executable == "":
                 if stat.zombie:
                     raise ProcessGone(f"pid {pid} has ended") from None
-                return ""
+                return "" if (pid, stat.start_time) in known or self._calls_itself(stat.command) else None
         return executable if self._matches(executable) else None
 
     def _pids(self) -> frozenset[int]:
@@ -525,6 +528,10 @@ class ProcessTable:
     def _matches(self, executable: str) -> bool:
         name = os.path.basename(executable)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._executables)
+
+    def _calls_itself(self, command: str) -> bool:
+        patterns = (*self._executables, *(one[:COMMAND_LENGTH] for one in self._executables))
+        return any(fnmatch.fnmatchcase(command, pattern) for pattern in patterns)
 
     def _unreadable(self, pid: int, error: OSError) -> HypervisorError:
         """Of a process whose executable may not be read: is it worth a complaint?"""

@@ -17,8 +17,8 @@ from vmchannel_host.hypervisors.monitors import MonitorClosed, MonitorMute
 
 log = logging.getLogger(__name__)
 
-MAX_CALLS: Final = 16
-"""Calls under way at one time, those that hang included. libvirtd itself carries out five of one client."""
+MAX_CALLS: Final = 8
+"""Calls under way at one time, those that hang included: each holds one of libvirtd's twenty workers."""
 
 T = TypeVar("T")
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Questions that a domain's QEMU must answer, rationed: one that hangs holds a worker of libvirt's as long.
 
-libvirtd carries out five calls of one client at a time, and has twenty workers for all clients: QEMUs that
-hang must not take them all (S7).
+libvirtd has twenty workers for all its clients: QEMUs that hang must not take them all (S7).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def stat_line(
     pid: int,
     start_time: int,
     *,
-    command: str = "qemu",
+    command: str = "qemu-system-x86",
     state: str = "S",
     flags: int = 0,
     threads: int = 1,
@@ -25,7 +25,8 @@ def stat_line(
 
 @pytest.mark.parametrize("command", ["qemu", "a) b", ") S 1 (", "x (y)", "", "\n) Z 9"])
 def test_the_start_time_is_read_whatever_the_command_is_called(command: str) -> None:
-    assert parse_stat(stat_line(7, 4711, command=command)).start_time == 4711
+    stat = parse_stat(stat_line(7, 4711, command=command))
+    assert (stat.start_time, stat.command) == (4711, command)
 
 
 @given(st.text(max_size=200))

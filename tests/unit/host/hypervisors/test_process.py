@@ -60,10 +60,11 @@ class Proc:
         state: str = "S",
         flags: int = 0,
         threads: int = 1,
+        command: str = "qemu-system-x86",
     ) -> None:
         directory = self.root / str(pid)
         (directory / "task").mkdir(parents=True)
-        line = stat_line(pid, start_time, state=state, flags=flags, threads=threads)
+        line = stat_line(pid, start_time, command=command, state=state, flags=flags, threads=threads)
         self._fill(directory, line, executable, arguments)
 
     def add_thread(self, pid: int, thread: int) -> None:
@@ -171,6 +172,15 @@ async def test_s1_a_process_that_exits_and_shows_no_program_may_be_any_vm_until_
 
 
 @pytest.mark.parametrize("exits", EXITS)
+async def test_s7_another_program_that_exits_is_no_vm_whatever_it_hangs_in(
+    proc: Proc, exits: dict[str, Any]
+) -> None:
+    proc.add(10, executable=None, arguments=(), command="java", **exits)
+    scan = await proc.scan()
+    assert (scan.new, scan.unknown, scan.problems) == ([], {}, [])
+
+
+@pytest.mark.parametrize("exits", EXITS)
 def test_a_process_that_exits_is_waited_for_and_then_gone(proc: Proc, exits: dict[str, Any]) -> None:
     proc.add(10, executable=None, arguments=(), **exits)
     with ThreadPoolExecutor() as pool:
@@ -184,7 +194,7 @@ def test_a_process_that_exits_is_waited_for_and_then_gone(proc: Proc, exits: dic
 
 @pytest.mark.parametrize("exits", EXITS)
 async def test_a_known_process_that_exits_is_not_lost(proc: Proc, exits: dict[str, Any]) -> None:
-    proc.add(10, executable=None, arguments=(), **exits)
+    proc.add(10, executable=None, arguments=(), command="renamed", **exits)
     scan = await proc.scan(frozenset({(10, 100)}))
     assert (scan.lost, scan.problems) == (set(), [])
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.host.hypervisors.test_process import BOOT, SPACE, Proc
 from vmchannel_host.hypervisors.detached import DetachedCalls
-from vmchannel_host.hypervisors.process import ProcessTable
+from vmchannel_host.hypervisors.process import ProcessKey, ProcessTable
 from vmchannel_host.hypervisors.scanner import Scanner
 
 
@@ -23,9 +23,9 @@ class ForkingTable(ProcessTable):
         self._before = before
         self.listings = 0
 
-    def _executable_or_denied(self, pid: int) -> str | None:
+    def _executable_or_denied(self, pid: int, known: frozenset[ProcessKey] = frozenset()) -> str | None:
         self._before.pop(pid, lambda: None)()
-        return super()._executable_or_denied(pid)
+        return super()._executable_or_denied(pid, known)
 
     def _pids(self) -> frozenset[int]:
         self.listings += 1
