@@ -31,16 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that are marked `slow` come first, for a worker takes whole modules and none shall end last.
 
-    Among these, modules with guests alternate with others: guests take the processors, the others wait.
+    Modules with guests alternate with others: guests take the processors, the others often wait.
     """
     modules: dict[pytest.Module | None, list[pytest.Item]] = {}
     for item in items:
         modules.setdefault(item.getparent(pytest.Module), []).append(item)
-    slow = [one for one in modules if one is not None and one.get_closest_marker("slow") is not None]
-    guests = [one for one in slow if one.path.parent.name in ("cluster", "system")]
-    others = [one for one in slow if one not in guests]
+    known = [one for one in modules if one is not None]
+    known.sort(key=lambda one: one.get_closest_marker("slow") is None)
+    guests = [one for one in known if one.path.parent.name in ("cluster", "system")]
+    others = [one for one in known if one not in guests]
     pairs = itertools.chain.from_iterable(itertools.zip_longest(guests, others))
-    order = [*filter(None, pairs), *(one for one in modules if one not in slow)]
+    order = [*filter(None, pairs), *(one for one in modules if one is None)]
     items[:] = [item for module in order for item in modules[module]]
 
 

@@ -16,7 +16,7 @@ from tests.rig.image import default_cache, require_tools
 from tests.system.site import Site, open_site
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def site(accel: str) -> Iterator[Site]:
     """The host of the two nodes: its daemon, and a group of both."""
     require_tools()

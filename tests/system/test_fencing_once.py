@@ -19,7 +19,8 @@ from tests.rig.image import Image
 from tests.rig.vm import Vm
 from tests.system.site import Site, open_site
 
-QUIT_S = 3
+WAIT_S = 60
+QUIT_S = 5
 """How long an `off` waits for a hung QEMU before it kills it: time for a second request."""
 
 ASK = """
@@ -85,6 +86,8 @@ async def db3(site: Site) -> AsyncIterator[Vm]:
     await site.until_run_state(vm, "running")
     yield vm
     site.start.clear()
+    if vm.running:
+        vm.signal(signal.SIGCONT)
 
 
 def new_id() -> str:
@@ -108,6 +111,16 @@ async def begun(site: Site, said: int, action: str, vm: Vm) -> None:
     """Wait until the daemon, which has said `said` characters before, has begun that action."""
     line = f"vm={vm.spec.uuid} name={vm.spec.name!r} action={action} "
     await site.until(lambda: line in site.daemon.log[said:], f"begin of {action}")
+
+
+async def in_the_journal(site: Site, vm: Vm, before: int) -> None:
+    """Wait until it is durable that an operation on the VM, after `before` others, has begun."""
+    async with asyncio.timeout(WAIT_S):
+        while len(found := await site.operations(vm)) <= before:
+            await asyncio.sleep(0.05)
+        path = f"ops/{found[before]['id']}"
+        while not any(step["text"].startswith("phase: ") for step in (await site.ask(path))["steps"]):
+            await asyncio.sleep(0.05)
 
 
 async def assert_acted_once(site: Site, vm: Vm, before: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,6 +163,7 @@ async def test_s5_a_request_survives_the_daemons_death_in_the_middle_of_its_oper
     db3.signal(signal.SIGSTOP)
     job = await begin(db1, "OFF", db3)
     await begun(site, said, "off", db3)
+    await in_the_journal(site, db3, len(before))
     site.daemon.restart(signal.SIGKILL)
     ok, code, reason, operation = await answer_of(job)
     assert (ok, code, db3.running) == (True, "DONE", False), reason
