@@ -8,9 +8,8 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 IN_CI := -m "not peer and (not cluster or in_ci)"
-TESTS := tests/unit tests/integration tests/fuzz tests/system tests/cluster
-# Workers take whole modules, the slow ones first; more workers than processors, for many tests wait.
-SHARED := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+# Workers take whole modules, the slow ones first. Three where many tests wait, two where guests take the processors.
+SHARED := --dist=loadfile --no-loadscope-reorder
 
 help:      ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,7 +21,12 @@ demo: deps ## three guests, one fences another; about a minute
 	@$(BIN)/python -m tests.rig.demo $(ARGS)
 
 test: deps ## unit, integration and system tests, a node of a cluster that panics (ARGS="-k name" narrows)
-	$(PYTEST) $(IN_CI) $(or $(ARGS),$(SHARED)) $(TESTS)
+ifeq ($(ARGS),)
+	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=3 tests/unit tests/integration tests/fuzz
+	$(PYTEST) $(IN_CI) $(SHARED) --numprocesses=2 tests/system tests/cluster
+else
+	$(PYTEST) $(IN_CI) $(ARGS) tests/unit tests/integration tests/fuzz tests/system tests/cluster
+endif
 
 test-cluster: deps ## two guests, a real Pacemaker cluster; nodes break and are fenced (ARGS="-k panics" narrows)
 	$(PYTEST) -m cluster $(ARGS) tests/cluster
