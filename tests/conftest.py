@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -29,20 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that are marked `slow` come first, for a worker takes whole modules and none shall end last.
+    """Modules that are marked `slow` come first: a worker takes whole modules, and none shall end last."""
+    items.sort(key=lambda item: _module_is_slow(item.getparent(pytest.Module)), reverse=True)
 
-    Modules with guests alternate with others: guests take the processors, the others often wait.
-    """
-    modules: dict[pytest.Module | None, list[pytest.Item]] = {}
-    for item in items:
-        modules.setdefault(item.getparent(pytest.Module), []).append(item)
-    known = [one for one in modules if one is not None]
-    known.sort(key=lambda one: one.get_closest_marker("slow") is None)
-    guests = [one for one in known if one.path.parent.name in ("cluster", "system")]
-    others = [one for one in known if one not in guests]
-    pairs = itertools.chain.from_iterable(itertools.zip_longest(guests, others))
-    order = [*filter(None, pairs), *(one for one in modules if one is None)]
-    items[:] = [item for module in order for item in modules[module]]
+
+def _module_is_slow(module: pytest.Module | None) -> bool:
+    return module is not None and module.get_closest_marker("slow") is not None
 
 
 @pytest.fixture
